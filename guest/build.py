@@ -1,0 +1,152 @@
+"""Builds a bundled guest with gcc and ld into a cache folder, and finds it there the next time.
+
+1. The key is a hash of the sources, the linker script and the flags: it needs no compiler.
+2. Below the key there is one folder per compiler, named after a hash of path, size and time of gcc and ld as stat gives
+   them. A hit with another compiler is no hit; but where there is no compiler at all, any ELF of the key will do.
+3. A build happens in a folder of its own and is renamed into place, so that two processes may build at once and nobody
+   ever sees half a file. Both write the same bytes: no build id, no time, no path of this machine is in them.
+
+The cache is $XDG_CACHE_HOME/sevmm/guests, or ~/.cache/sevmm/guests; nothing is written beside the sources, which may lie
+in a read-only site-packages. It is never cleaned here: a guest is some 70 KiB, and removing the folder costs a rebuild.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+from typing import NamedTuple
+
+from guest import catalogue
+
+HERE = pathlib.Path(__file__).parent
+LIBRARY = HERE / "lib"
+LINKER_SCRIPT = LIBRARY / "guest.ld"
+
+# fmt: off
+CFLAGS = [
+    "-std=gnu11", "-O2", "-g", "-gdwarf-4", "-ffreestanding", "-fno-pic", "-fno-pie", "-mcmodel=small", "-march=x86-64",
+    "-mno-red-zone", "-mgeneral-regs-only", "-fno-stack-protector", "-fcf-protection=none", "-fno-omit-frame-pointer",
+    "-fno-asynchronous-unwind-tables", "-fno-ident", "-Wall", "-Wextra", "-Werror",
+]
+LDFLAGS = [
+    "-m", "elf_x86_64", "-nostdlib", "-static", "-no-pie", "--build-id=none", "-z", "max-page-size=0x1000",
+    "-z", "noexecstack", "--fatal-warnings",
+]
+# fmt: on
+
+# On Debian the prefixed name is the same program; on a host that is not x86 it is the cross compiler.
+COMPILERS = ("x86_64-linux-gnu-gcc", "gcc")
+LINKERS = ("x86_64-linux-gnu-ld", "ld")
+
+
+class BuildError(Exception):
+    """A guest could not be built. `name` is the guest's; the text is one line, `output` what the tool said."""
+
+    def __init__(self, name: str, message: str, output: str = "") -> None:
+        super().__init__(f"guest {name}: {message}")
+        self.name = name
+        self.output = output
+
+
+class ToolMissing(BuildError):
+    """gcc or ld is not there and no earlier build of these sources is in the cache. `tool` is what is missing."""
+
+    def __init__(self, name: str, tool: str) -> None:
+        super().__init__(name, f"{tool} not found, needed to build the bundled guests: apt install gcc binutils")
+        self.tool = tool
+
+
+class Tools(NamedTuple):
+    gcc: str | None
+    ld: str | None
+
+
+def build(name: str) -> pathlib.Path:
+    """The ELF64 file of the bundled guest `name`, built now or before.
+
+    Raises KeyError (no such guest), ToolMissing, BuildError.
+
+        >>> build("hello").name
+        'hello.elf'
+    """
+    sources = _sources(catalogue.find(name))
+    folder = cache_folder() / _key(sources)
+    tools = Tools(_find(COMPILERS), _find(LINKERS))
+    if tools.gcc is None or tools.ld is None:
+        earlier = _any_build(folder, name)
+        if earlier is not None:
+            return earlier
+        raise ToolMissing(name, "gcc" if tools.gcc is None else "ld")
+    target = folder / _identity(tools.gcc, tools.ld) / f"{name}.elf"
+    if not target.exists():
+        _build(name, [path for path in sources if path.suffix in (".c", ".S")], tools.gcc, tools.ld, target)
+    return target
+
+
+def cache_folder() -> pathlib.Path:
+    """Where built guests are kept. A relative $XDG_CACHE_HOME is ignored, as the XDG specification asks."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    root = pathlib.Path(base) if os.path.isabs(base) else pathlib.Path.home() / ".cache"
+    return root / "sevmm" / "guests"
+
+
+def _sources(guest: catalogue.Guest) -> list[pathlib.Path]:
+    """Everything the build reads, in an order that does not depend on the file system."""
+    return [*sorted(path for path in LIBRARY.iterdir() if path.suffix in (".c", ".S", ".h", ".ld")), guest.source]
+
+
+def _key(sources: list[pathlib.Path]) -> str:
+    digest = hashlib.sha256("\0".join([*CFLAGS, *LDFLAGS]).encode())
+    for path in sources:
+        content = path.read_bytes()
+        digest.update(f"\0{path.name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()[:24]
+
+
+def _find(names: tuple[str, ...]) -> str | None:
+    return next((found for found in map(shutil.which, names) if found), None)
+
+
+def _identity(*tools: str) -> str:
+    """Names a set of tools without running them: a package update changes size or time of the program."""
+    digest = hashlib.sha256()
+    for tool in tools:
+        real = os.path.realpath(tool)
+        status = os.stat(real)
+        digest.update(f"{real}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def _any_build(folder: pathlib.Path, name: str) -> pathlib.Path | None:
+    found = sorted(folder.glob(f"*/{name}.elf"), key=lambda path: path.stat().st_mtime)
+    return found[-1] if found else None
+
+
+def _build(name: str, sources: list[pathlib.Path], gcc: str, ld: str, target: pathlib.Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as scratch:
+            # Debug information names sources relative to the package, whatever folder it was installed or built in.
+            maps = [f"-ffile-prefix-map={HERE}=guest", f"-fdebug-prefix-map={scratch}=."]
+            _call(name, [gcc, *CFLAGS, *maps, f"-I{LIBRARY}", "-c", *map(str, sources)], scratch)
+            objects = [f"{path.stem}.o" for path in sources]
+            _call(name, [ld, *LDFLAGS, "-T", str(LINKER_SCRIPT), "-o", "guest.elf", *objects], scratch)
+            os.replace(os.path.join(scratch, "guest.elf"), target)
+    except OSError as error:
+        raise BuildError(name, f"cannot build in {target.parent}: {error.strerror or error}") from error
+
+
+def _call(name: str, command: list[str], folder: str) -> None:
+    # The locale decides the language of messages and TMPDIR may be full or absent: neither should matter here.
+    environment = {**os.environ, "LC_ALL": "C", "TMPDIR": folder}
+    result = subprocess.run(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = [line for line in (result.stdout + result.stderr).splitlines() if line.strip()]
+        first = next((line for line in lines if "error:" in line.lower()), lines[-1] if lines else "no output")
+        tool = os.path.basename(command[0])
+        raise BuildError(name, f"{tool} failed ({result.returncode}): {first}", "\n".join(lines))
