@@ -1,0 +1,159 @@
+"""Who makes the system call: its memory, its open files and its limits.
+
+The model takes what a system call gives: a request number, an integer, and access to the caller's memory. It never
+takes a Python object from the caller. In-process callers and, later, traced programs differ only in this module's
+classes.
+
+Memory is copied with process_vm_readv/writev, even from our own process: a wild pointer then gives EFAULT, as
+copy_from_user does, where a plain load would end the process; and unlike /proc/PID/mem it honours page protections.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import mmap
+import os
+import resource
+import threading
+from typing import Protocol
+
+from kvmapi.model.files import File
+
+PAGE = 4096
+USER_TOP = 0x7FFFFFFFF000  # first address that no user mapping of a 4-level x86-64 process can have
+_CAP_IPC_LOCK = 14
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_vm_types = (ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong)
+_readv = ctypes.CFUNCTYPE(ctypes.c_ssize_t, *_vm_types, use_errno=True)(("process_vm_readv", _libc))
+_madvise = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, use_errno=True)(("madvise", _libc))
+_MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
+_writev = ctypes.CFUNCTYPE(ctypes.c_ssize_t, *_vm_types, use_errno=True)(("process_vm_writev", _libc))
+
+
+class Errno(Exception):
+    """The system call fails with this errno. Raised anywhere below `File.ioctl`, turned into -errno there."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+    def __str__(self) -> str:
+        return errno.errorcode.get(self.number, str(self.number))
+
+
+class Memory(Protocol):
+    """The caller's address space."""
+
+    def read(self, address: int, size: int) -> bytes:
+        """`size` bytes at `address`, or Errno(EFAULT)."""
+
+    def write(self, address: int, data: bytes) -> None:
+        """Store all of `data`, or Errno(EFAULT) (a prefix may have been stored, as copy_to_user does)."""
+
+    def pointer(self, address: int, size: int) -> int:
+        """Where this range of the caller's memory is mapped in *our* process, for the CPU engine and in-place
+        encryption.
+        """
+
+    def accessible(self, address: int, write: bool) -> bool:
+        """Can the page at `address` be read (and written, if asked) now?"""
+
+    def pinnable(self, address: int, size: int) -> bool:
+        """Could every page of [address, address+size) be pinned for writing?"""
+
+
+class _Iovec(threading.local):
+    """Per-thread iovec pair, so that a copy allocates nothing."""
+
+    def __init__(self) -> None:
+        self.cells = (ctypes.c_uint64 * 4)()
+        self.at = ctypes.addressof(self.cells)
+        self.remote_at = self.at + 16
+
+
+@functools.cache
+def _can_populate() -> bool:
+    """Does this kernel have MADV_POPULATE_*?"""
+    page = mmap.mmap(-1, PAGE)
+    return bool(_madvise(ctypes.addressof(ctypes.c_char.from_buffer(page)), PAGE, _MADV_POPULATE_WRITE) == 0)
+
+
+class OwnMemory:
+    """The caller is this process."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._iovec = _Iovec()
+
+    def _copy(self, function: object, local: int, address: int, size: int) -> int:
+        iovec = self._iovec
+        cells = iovec.cells
+        cells[0], cells[1], cells[2], cells[3] = local, size, address & 0xFFFFFFFFFFFFFFFF, size
+        done: int = function(self._pid, iovec.at, 1, iovec.remote_at, 1, 0)  # type: ignore[operator]
+        return done
+
+    def read(self, address: int, size: int) -> bytes:
+        buffer = ctypes.create_string_buffer(size)
+        if self._copy(_readv, ctypes.addressof(buffer), address, size) != size:
+            raise Errno(errno.EFAULT)
+        return buffer.raw
+
+    def write(self, address: int, data: bytes) -> None:
+        buffer = ctypes.create_string_buffer(data, len(data))
+        if self._copy(_writev, ctypes.addressof(buffer), address, len(data)) != len(data):
+            raise Errno(errno.EFAULT)
+
+    def pointer(self, address: int, size: int) -> int:
+        return address
+
+    def accessible(self, address: int, write: bool) -> bool:
+        # Populating the page faults it in as an access would, and changes nothing. Kernels before 5.14 lack it: then
+        # it must at least be readable.
+        if _madvise(address, PAGE, _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ) == 0:
+            return True
+        if _can_populate() and ctypes.get_errno() != errno.EAGAIN:
+            return False  # EINVAL too: the mapping's permissions forbid it
+        byte = ctypes.create_string_buffer(1)
+        return self._copy(_readv, ctypes.addressof(byte), address, 1) == 1
+
+    def pinnable(self, address: int, size: int) -> bool:
+        # Only the ends are tried: populating gigabytes to answer this would use the memory that a sparse guest never
+        # touches.
+        return self.accessible(address & -PAGE, True) and self.accessible((address + size - 1) & -PAGE, True)
+
+
+class Caller(Protocol):
+    """One process as the kernel sees it during a system call."""
+
+    @property
+    def memory(self) -> Memory:
+        """Its address space."""
+
+    def file(self, fd: int) -> File:
+        """The model's file behind the caller's `fd`, a `Foreign` one for an fd that is not ours, Errno(EBADF) when
+        nothing is open there.
+        """
+
+    def install(self, file: File) -> int:
+        """Give the caller a new fd for `file`."""
+
+    def memlock_limit(self) -> int | None:
+        """RLIMIT_MEMLOCK in bytes, None when unlimited or the caller has CAP_IPC_LOCK."""
+
+
+def own_memlock_limit() -> int | None:
+    """This process's pin limit in bytes (None: no limit), by RLIMIT_MEMLOCK and CAP_IPC_LOCK."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        for line in status:
+            if line.startswith("CapEff:") and int(line.split()[1], 16) >> _CAP_IPC_LOCK & 1:
+                return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def page_range(address: int, size: int) -> range:
+    """The page-aligned addresses that [address, address+size) touches."""
+    return range(address & -PAGE, address + size, PAGE)

@@ -1,0 +1,130 @@
+"""Code pages: what the engine may have translated, and how the model notices that it changed.
+
+For each page the guest fetches from, this keeps the bytes that were scanned (of an encrypted guest: a checksum), the
+sensitive instructions found in them (scan.py), and puts a native stop hook on each of their virtual addresses. Hooks
+are only added while translations live: the engine bakes a hook into a block when it translates it, so hooks must be
+there before, and an address may mean another instruction in another address space; what stands there *now* is looked
+up at the stop.
+
+The engine sees stores of its own guest, not those of the VMM or of another vCPU. So before a vCPU goes on after
+others had their turn, the bytes of every code page are compared with what was scanned (0.3 µs a page), and any
+difference throws all translations away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Callable
+
+from kvmapi.model.caller import PAGE
+from kvmapi.model.cpu import scan
+from kvmapi.model.cpu.native import Native
+from kvmapi.model.cpu.scan import Site
+from kvmapi.model.mem.secure import page_view
+
+_MAX_HOOKS = 20_000  # a guest that executes everywhere costs a flush, not memory
+_TAIL = scan.MAX_LENGTH - 1
+
+
+class CodePage:
+    """One page of code at one virtual page, as it was scanned."""
+
+    __slots__ = ("pointer", "secret", "sites", "stamp", "tail", "view")
+
+    def __init__(self, pointer: int, tail: bytes, bits: int, secret: bool) -> None:
+        self.pointer = pointer
+        self.secret = secret
+        self.view = page_view(pointer)
+        self.tail = tail
+        copy = bytearray(PAGE + len(tail))
+        copy[:PAGE] = self.view
+        copy[PAGE:] = tail
+        self.sites = scan.find(copy, PAGE, bits)
+        copy[:] = bytes(len(copy))  # plaintext must not stay on the heap
+        self.stamp = self._stamp()
+
+    def _stamp(self) -> bytes | int:
+        return zlib.crc32(self.view) if self.secret else bytes(self.view)
+
+    def head(self) -> bytes:
+        """The first bytes: less than a cipher block."""
+        return bytes(self.view[:_TAIL])
+
+    def current(self) -> bool:
+        """Is the page still what was scanned?"""
+        return self._stamp() == self.stamp
+
+
+class CodeCache:
+    """All code pages of one vCPU's engine."""
+
+    def __init__(self, native: Native, read: Callable[[int, int], bytes]) -> None:
+        self.secret = False  # pages are plaintext of an encrypted guest: keep checksums of them, no copies
+        self._native = native
+        self._read = read  # guest-virtual bytes, for the tail in the next page
+        self._pages: dict[int, CodePage] = {}  # by virtual page
+        self._hooks: dict[int, int] = {}
+        self._overflow = False
+
+    def fetched(self, va: int, pointer: int, bits: int) -> None:
+        """The engine is about to fetch from the page at `va`, which our process sees at `pointer`. May be called from
+        inside the engine.
+        """
+        page = self._pages.get(va)
+        if page is None or page.pointer != pointer or not page.current():
+            tail = b""
+            with contextlib.suppress(Exception):  # the next page may be anything: then no instruction continues there
+                tail = self._read(va + PAGE, _TAIL)
+            page = self._pages[va] = CodePage(pointer, tail, bits, self.secret)
+            self._hook(va, page)
+        before = self._pages.get(va - PAGE)
+        if before is not None and before.tail != page.head():
+            # An instruction may reach from the page before into this one, and was scanned without it.
+            self._pages[va - PAGE] = again = CodePage(before.pointer, page.head(), bits, self.secret)
+            if again.sites.keys() - before.sites.keys():
+                self._hook(va - PAGE, again)
+                self._native.flush_code()
+
+    def _hook(self, va: int, page: CodePage) -> None:
+        for offset in page.sites:
+            if va + offset not in self._hooks:
+                self._hooks[va + offset] = self._native.hook_stop_at(va + offset)
+        self._overflow = len(self._hooks) > _MAX_HOOKS
+
+    def site(self, va: int) -> Site | None:
+        """The sensitive instruction at `va`, if the code there is what was scanned."""
+        page = self._pages.get(va & -PAGE)
+        return page.sites.get(va & (PAGE - 1)) if page is not None else None
+
+    def bytes_at(self, va: int, size: int) -> bytes:
+        """Up to `size` bytes of code at `va`, as scanned; nothing if that page was not."""
+        page = self._pages.get(va & -PAGE)
+        if page is None:
+            return b""
+        at = va & (PAGE - 1)
+        return bytes(page.view[at : at + size]) + page.tail[: max(0, at + size - PAGE)]
+
+    def hooked(self, va: int) -> bool:
+        """Would the engine stop at this address?"""
+        return va in self._hooks
+
+    def verify(self) -> None:
+        """Someone else had a turn: throw translations away if any code page differs from what was scanned."""
+        if self._overflow:
+            self.flush()
+            return
+        for page in self._pages.values():
+            if not page.current():
+                self.flush()
+                return
+
+    def flush(self) -> None:
+        """Forget every page, hook and translated block. Not from inside the engine."""
+        for handle in self._hooks.values():
+            self._native.unhook(handle)
+        self._hooks.clear()
+        self._pages.clear()
+        self._overflow = False
+        self._native.flush_code()
+        self._native.flush_tlb()

@@ -1,0 +1,277 @@
+"""One vCPU's processor: the engine, the MMU, and what the engine leaves to us.
+
+`go` runs the guest until the VMM is needed. The engine stops for one of these reasons, looked at in this order:
+
+1. the MMU refused an access: a guest fault is delivered, memory that is not there becomes MMIO, and an access that
+   contradicts the memory attributes becomes a memory-fault exit. The instruction was not executed;
+2. the engine raised an exception: it is delivered through the guest's IDT;
+3. a stop hook: a sensitive instruction is next (code.py), and is executed here;
+4. a kick: someone wants the vCPU or the engine lock.
+
+The blob holds the registers between stops. RIP is passed to the engine at each start; `changed` says that more than
+RIP was edited.
+"""
+
+from __future__ import annotations
+
+from unicorn import unicorn_const as uc
+
+from kvmapi.abi import kvm
+from kvmapi.model.caller import PAGE
+from kvmapi.model.cpu import inject, layout
+from kvmapi.model.cpu.code import CodeCache
+from kvmapi.model.cpu.cpuid import Table
+from kvmapi.model.cpu.mmio import Mmio, scratch_page
+from kvmapi.model.cpu.mmu import PF_VECTOR, SCRATCH_AT, Fault, Mmu, UnsupportedMode
+from kvmapi.model.cpu.msrs import Msrs
+from kvmapi.model.cpu.native import Native, TlbFill
+from kvmapi.model.cpu.privileged import ExitPolicy, Privileged
+from kvmapi.model.cpu.state import Registers
+from kvmapi.model.mem.physical import EncryptedPhysical, Physical, Refused, Window
+from kvmapi.model.runpage import IMMEDIATE_EXIT, RunPage
+
+KICKED = 1 << 20  # no errno and no KVM_RUN result: the engine lock or the vCPU is wanted elsewhere
+_UD = 6
+_HYPERCALLS = (b"\x0f\x01\xc1", b"\x0f\x01\xd9")  # vmcall, vmmcall: KVM accepts either (it patches the wrong one)
+
+
+class Cpu:
+    """The processor of one vCPU. Not thread-safe: the caller holds the VM's engine lock."""
+
+    def __init__(self, physical: Physical, page: RunPage, index: int, policy: ExitPolicy) -> None:
+        self.native = Native()
+        self.where = layout.calibrate()
+        self.registers = Registers(self.native, self.where)
+        self.page = page
+        self.physical = physical
+        self.mmu = Mmu(self.native, self.where, physical, self._fetched)
+        self.mmu.engine_address = self._engine_address
+        self.code = CodeCache(self.native, self.mmu.read)
+        self.cpuid = Table([])
+        self.msrs = Msrs(self.registers, bootstrap=index == 0)
+        self.privileged = Privileged(self, policy)
+        self.changed = False
+        self.cr8 = 0
+        self._event = -1
+        self._mapped: dict[int, Window] = {}
+        self._code_generation = physical.code_generation
+        self._scratch_page, address = scratch_page()
+        self.scratch = memoryview(self._scratch_page)
+        self.native.map(SCRATCH_AT, PAGE, address)
+        self.native.hook_tlb_fill(TlbFill(self.mmu.fill))
+        self.native.hook_interrupts(self._interrupted)
+        self.kick = self.native.hook_kick(page.address + IMMEDIATE_EXIT)
+        self._mmio: Mmio | None = None
+        self._stores: list[tuple[int, bytes]] = []
+        self.reason = ""  # why the last internal error, in words
+
+    def destroy(self) -> None:
+        """Free the engine."""
+        self.scratch.release()
+        self.native.close()
+
+    # ---- callbacks from inside the engine
+    def _interrupted(self, _uc: int, number: int, _data: int) -> None:
+        self._event = number
+        self.native.stop()
+
+    def _fetched(self, va: int, gfn: int, pointer: int) -> None:
+        self.code.secret = self.mmu.c_mask != 0
+        self.code.fetched(va, pointer, self.registers.code_bits)
+        if isinstance(self.physical, EncryptedPhysical):
+            self.physical.executed(gfn)
+
+    def _engine_address(self, window: Window, offset: int) -> int:
+        if id(window) not in self._mapped:
+            self.native.map(window.base, window.size, window.pointer)
+            self._mapped[id(window)] = window
+        return window.base + offset
+
+    # ---- running
+    def go(self) -> int:
+        """Run until the VMM is needed: KVM_RUN's result with the exit written, or KICKED."""
+        while True:
+            self._catch_up()
+            if self.changed:
+                self.native.restore()
+                self.changed = False
+            self.mmu.fault, self._event = None, -1
+            error = self.native.start(self.registers.rip)
+            self.native.save()
+            result = self._stopped(error)
+            if result is not None:
+                return result
+
+    def _catch_up(self) -> None:
+        """Drop translations that changes elsewhere made void."""
+        physical = self.physical
+        if physical.code_generation != self._code_generation:
+            self._code_generation = physical.code_generation
+            self.code.flush()
+        if physical.generation != self.mmu.generation:
+            self.mmu.generation = physical.generation
+            for key, window in list(self._mapped.items()):
+                if physical.windows.get(id(window.owner)) is not window:
+                    self.native.restore()  # unmapping makes the engine ask for a TLB entry, and `fill` saves the CPU over the blob
+                    self.native.unmap(window.base, window.size)
+                    del self._mapped[key]
+            self.native.flush_tlb()
+
+    def step_native(self) -> None:
+        """Exactly one instruction (or one repetition), with the blob as the state before and after. Slow: for MMIO
+        only.
+        """
+        self.mmu.fault, self._event = None, -1
+        self.native.restore()
+        self.native.start(self.registers.rip, 1)
+        self.native.save()
+
+    def _stopped(self, error: int) -> int | None:
+        """What to do about a stop: KVM_RUN's result, KICKED, or None to go on."""
+        fault = self.mmu.fault
+        if fault is not None:
+            return self._refused(fault)
+        if self._event >= 0:
+            return self._exception()
+        if error == uc.UC_ERR_OK:
+            rip = self.registers.linear_rip
+            site = self.code.site(rip)
+            if site is not None:
+                return self.privileged.execute(site)
+            if self.kick[0] or self.page.memory[IMMEDIATE_EXIT]:
+                return KICKED
+            if self.code.hooked(rip):  # hooked for what stood here before: forget, and scan again
+                self.code.flush()
+            return None
+        if error in (uc.UC_ERR_INSN_INVALID, uc.UC_ERR_EXCEPTION):
+            return self._invalid_opcode()
+        return self.internal_error(f"the engine stopped with error {error}")
+
+    # ---- refused accesses
+    def _refused(self, why: Exception) -> int | None:
+        if isinstance(why, Fault):
+            if why.vector == PF_VECTOR:
+                why.address = self.native.fault_address(self.where.invalid_addr)
+            return self.raise_in_guest(why.vector, why.error, why.address)
+        if isinstance(why, Refused):
+            if why.kind == "mmio":
+                return self._begin_mmio(why)
+            return self.refused_result(why)
+        if isinstance(why, UnsupportedMode):
+            return self.internal_error(f"the model has no {why}")
+        if isinstance(why, MemoryError):
+            return -12
+        raise why
+
+    def refused_result(self, why: Refused) -> int:
+        """The KVM_RUN result of an access that the backings refuse."""
+        if why.kind == "fault":
+            self.page.memory_fault(why.gpa, why.private)
+        elif why.kind == "hva":
+            self.page.head(kvm.KVM_EXIT_UNKNOWN)
+        else:
+            return self.internal_error(f"guest memory at {why.gpa:#x} is needed and is not there")
+        return -why.number
+
+    # ---- exceptions
+    def _exception(self) -> int | None:
+        vector = self._event
+        software = bool(self.registers.u32[(self.where.error_code >> 2) + 1])
+        error = self.registers.forget_exception()
+        self.changed = True
+        if vector == _UD and not software:
+            return self._invalid_opcode()
+        return self.raise_in_guest(vector, error & 0xFFFF, software=software)
+
+    def _invalid_opcode(self) -> int | None:
+        code = self.code.bytes_at(self.registers.linear_rip, 4)
+        prefix = 1 if code[:1] in (b"\xf3", b"\xf2", b"\x66") else 0
+        if code[prefix : prefix + 3] in _HYPERCALLS:
+            return self.privileged.hypercall(prefix + 3)
+        return self.raise_in_guest(_UD, None)
+
+    def raise_in_guest(self, vector: int, error: int | None, address: int = 0, *, software: bool = False) -> int | None:
+        """Deliver an exception; None to go on, or the result of KVM_RUN when the guest cannot take it."""
+        if vector == PF_VECTOR:
+            self.registers.set_cr(2, address)
+        if self.changed:
+            self.native.restore()  # the engine computes RFLAGS: it must have what was set
+        self.changed = True
+        try:
+            inject.deliver(self.registers, self.mmu, self.native.flags(), vector, error, software=software)
+        except inject.TripleFault:
+            return self.page.head(kvm.KVM_EXIT_SHUTDOWN)
+        except Refused as why:
+            if why.kind == "mmio":
+                self.reason = f"vector {vector} cannot be delivered: a table or stack lies outside memory at {why.gpa:#x}"
+                return self.page.internal_error(kvm.KVM_INTERNAL_ERROR_DELIVERY_EV, 1 << 31 | 3 << 8 | vector, 0, 0, why.gpa)
+            return self.refused_result(why)
+        except (UnsupportedMode, inject.UnsupportedDelivery) as why:
+            return self.internal_error(f"the model has no {why}")
+        return None
+
+    def internal_error(self, reason: str) -> int:
+        """KVM_EXIT_INTERNAL_ERROR/EMULATION with the instruction bytes, as KVM reports what it cannot emulate."""
+        self.reason = reason
+        try:
+            code = self.mmu.read(self.registers.linear_rip, 15)
+        except (Fault, Refused, UnsupportedMode):
+            code = b""
+        words = [int.from_bytes(code[at : at + 8].ljust(8, b"\0"), "little") for at in (0, 8)]
+        size_and_first = len(code) | (words[0] & 0xFFFFFFFFFFFFFF) << 8
+        rest = words[0] >> 56 | words[1] << 8
+        return self.page.internal_error(kvm.KVM_INTERNAL_ERROR_EMULATION, 1, size_and_first, rest & 0xFFFFFFFFFFFFFFFF)
+
+    # ---- MMIO
+    def _begin_mmio(self, why: Refused) -> int | None:
+        va = self.native.fault_address(self.where.invalid_addr)
+        if (va ^ self.registers.linear_rip) & -PAGE == 0 and not self._page_is_code(va):
+            return self.internal_error(f"instruction fetch from {why.gpa:#x}, where there is no memory")
+        self._mmio = Mmio(self, why.gpa)
+        return self._go_on_mmio()
+
+    def _page_is_code(self, va: int) -> bool:
+        try:
+            self.mmu.read(va & -PAGE, 1)
+        except Exception:
+            return False
+        return True
+
+    def _go_on_mmio(self) -> int | None:
+        mmio = self._mmio
+        if mmio is None:
+            return None
+        try:
+            missing = mmio.attempt()
+        except Refused as why:
+            self._mmio = None
+            if why.kind == "mmio":
+                return self.internal_error(f"one instruction touches MMIO at {mmio.gpa:#x} and at {why.gpa:#x}")
+            return self.refused_result(why)
+        except (Fault, UnsupportedMode) as why:
+            self._mmio = None
+            return self._refused(why)
+        if missing is not None:
+            self.privileged.pending = self._mmio_answered
+            return self.page.mmio(mmio.gpa + missing[0], bytes(missing[1]), is_write=False)
+        self._mmio = None
+        self._stores = mmio.stores()
+        if self._event >= 0:
+            return self._exception()
+        return self._next_store()
+
+    def _mmio_answered(self) -> int | None:
+        mmio = self._mmio
+        if mmio is not None:
+            size = self.page.read("<I", 48)
+            offset = self.page.read("<Q", 32) - mmio.gpa
+            if 0 < size <= 8 and 0 <= offset < PAGE:
+                mmio.answer(offset, bytes(self.page.memory[40 : 40 + size]))
+        return self._go_on_mmio()
+
+    def _next_store(self) -> int | None:
+        if not self._stores:
+            return None
+        gpa, data = self._stores.pop(0)
+        self.privileged.pending = self._next_store
+        return self.page.mmio(gpa, data, is_write=True)

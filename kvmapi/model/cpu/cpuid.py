@@ -1,0 +1,80 @@
+"""CPUID: what the modelled CPU offers (KVM_GET_SUPPORTED_CPUID) and what the guest reads (KVM_SET_CPUID2).
+
+The model offers what its engine executes: x86-64 with SSE4.2 and without AVX; the SEV leaf stands where the platform
+has SEV. A guest reads exactly the table that user space set, with AMD's rule that an absent leaf reads as zeroes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+INDEXED = 1  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+
+
+class Leaf(NamedTuple):
+    """One row: function, subleaf (KVM's `index`), flags and the four registers."""
+
+    function: int
+    subleaf: int
+    flags: int
+    eax: int
+    ebx: int
+    ecx: int
+    edx: int
+
+
+def _text(text: str) -> tuple[int, ...]:
+    return tuple(int.from_bytes(text.encode()[at : at + 4], "little") for at in range(0, len(text), 4))
+
+
+_VENDOR = _text("AuthenticAMD")
+_BRAND = _text("sevmm software model CPU".ljust(48, "\0"))
+# leaf 1: SSE3 PCLMULQDQ SSSE3 CX16 SSE4.1 SSE4.2 x2APIC MOVBE POPCNT AES RDRAND, hypervisor
+_1_ECX = 1 << 0 | 1 << 1 | 1 << 9 | 1 << 13 | 1 << 19 | 1 << 20 | 1 << 22 | 1 << 23 | 1 << 25 | 1 << 30 | 1 << 31
+# FPU VME DE PSE TSC MSR PAE MCE CX8 APIC SEP MTRR PGE MCA CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2
+_1_EDX = 0x0F8BFBFF & ~(1 << 18 | 1 << 20) | 1 << 24 | 1 << 25 | 1 << 26
+_7_EBX = 1 << 0 | 1 << 3 | 1 << 7 | 1 << 8 | 1 << 19 | 1 << 20  # FSGSBASE BMI1 SMEP BMI2 ADX SMAP
+_X1_ECX = 1 << 0 | 1 << 5  # LAHF ABM
+_X1_EDX = (_1_EDX & 0x0183F3FF) | 1 << 11 | 1 << 20 | 1 << 26 | 1 << 27 | 1 << 29  # SYSCALL NX 1G pages RDTSCP LM
+KVM_LEAF, KVM_FEATURES = 0x40000000, 0x40000001
+SEV_LEAF = 0x8000001F
+FAMILY_MODEL = 0x00800F12  # an EPYC of the first generation
+MAX_PHYS_BITS = 48
+
+
+def supported(sev_eax: int, c_bit: int, asids: int, min_sev_asid: int) -> list[Leaf]:
+    """The table of KVM_GET_SUPPORTED_CPUID. `sev_eax` is 0 on a platform without SEV; then the SEV leaf is all
+    zeroes, as KVM leaves it.
+    """
+    rows = [
+        Leaf(0, 0, 0, 0xD, _VENDOR[0], _VENDOR[2], _VENDOR[1]),
+        Leaf(1, 0, 0, FAMILY_MODEL, 0x00000800, _1_ECX, _1_EDX),
+        Leaf(7, 0, INDEXED, 0, _7_EBX, 0, 0),
+        Leaf(0xD, 0, INDEXED, 0, 0, 0, 0),
+        Leaf(KVM_LEAF, 0, 0, KVM_FEATURES, *_text("KVMKVMKVM\0\0\0")),
+        Leaf(KVM_FEATURES, 0, 0, 0, 0, 0, 0),
+        Leaf(0x80000000, 0, 0, SEV_LEAF, _VENDOR[0], _VENDOR[2], _VENDOR[1]),
+        Leaf(0x80000001, 0, 0, FAMILY_MODEL, 0, _X1_ECX, _X1_EDX),
+    ]
+    rows += [Leaf(0x80000002 + n, 0, 0, *_BRAND[4 * n : 4 * n + 4]) for n in range(3)]
+    rows.append(Leaf(0x80000008, 0, 0, 48 << 8 | MAX_PHYS_BITS, 0, 0, 0))
+    # KVM clears bits 31:6 of EBX; the C-bit stays.
+    rows.append(Leaf(SEV_LEAF, 0, 0, sev_eax, c_bit & 0x3F, asids, min_sev_asid) if sev_eax else Leaf(SEV_LEAF, 0, 0, 0, 0, 0, 0))
+    return rows
+
+
+class Table:
+    """What one vCPU's CPUID instruction returns."""
+
+    def __init__(self, rows: list[Leaf]) -> None:
+        self.rows = rows
+        self._indexed = {(row.function, row.subleaf): row for row in rows if row.flags & INDEXED}
+        self._plain = {row.function: row for row in rows if not row.flags & INDEXED}
+
+    def read(self, function: int, index: int) -> tuple[int, int, int, int]:
+        """EAX, EBX, ECX, EDX."""
+        row = self._plain.get(function) or self._indexed.get((function, index))
+        return row[3:7] if row is not None else (0, 0, 0, 0)
+
+    def has(self, function: int) -> bool:
+        return self.read(function, 0) != (0, 0, 0, 0)

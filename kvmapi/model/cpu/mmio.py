@@ -1,0 +1,94 @@
+"""MMIO: an instruction that touches an address without memory, run for its accesses only.
+
+There is no instruction decoder here. The instruction is executed by the engine, alone, with a scratch page standing
+for the missing memory and a hook that reports each access to it:
+
+1. A first pass with the answers known so far (none at first). If it reads something unknown, the CPU is put back as
+   it was and the read becomes a KVM_EXIT_MMIO; the VMM's answer joins the known ones and the pass is repeated.
+2. When every read is known the pass counts: registers advance, and its stores become KVM_EXIT_MMIO writes, in order,
+   at most 8 bytes each.
+
+So any instruction works (mov, add, xchg, push, movs, SSE), one repetition of a string instruction at a time. Stores
+of such an instruction to *real* memory are made by every pass; the last one is right.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from typing import TYPE_CHECKING
+
+from unicorn import unicorn_const as uc
+
+from kvmapi.model.caller import PAGE
+from kvmapi.model.cpu.mmu import SCRATCH_AT
+
+if TYPE_CHECKING:
+    from kvmapi.model.cpu.cpu import Cpu
+
+
+class Mmio:
+    """One instruction in progress."""
+
+    def __init__(self, cpu: Cpu, gpa: int) -> None:
+        self._cpu = cpu
+        self.gpa = gpa & -PAGE
+        self._known: dict[tuple[int, int], bytes] = {}
+        self._missing: tuple[int, int] | None = None
+        self._stores: list[tuple[int, bytes]] = []
+
+    def attempt(self) -> tuple[int, int] | None:
+        """One pass. (offset in the page, size) of a read to ask the VMM for, or None: the instruction is complete and
+        `stores` are due. Raises what another operand of the instruction runs into (Fault, Refused).
+        """
+        cpu = self._cpu
+        before = bytes(cpu.native.blob)
+        scratch = cpu.scratch
+        for (offset, _), data in self._known.items():
+            scratch[offset : offset + len(data)] = data
+        self._missing, self._stores = None, []
+        cpu.mmu.scratch_gpa = self.gpa
+        cpu.code.flush()  # neither hooks nor the count reach blocks that are already translated
+        hook, callback = cpu.native.hook_memory(self._access)
+        try:
+            cpu.step_native()
+        finally:
+            cpu.native.unhook(hook)
+            cpu.mmu.scratch_gpa = -1
+            cpu.code.flush()
+        del callback
+        fault = cpu.mmu.fault
+        if self._missing is not None or fault is not None:
+            cpu.native.blob[:] = before
+            cpu.native.restore()
+        if fault is not None:
+            raise fault
+        return self._missing
+
+    def answer(self, offset: int, data: bytes) -> None:
+        """The VMM's bytes for a read that `attempt` asked for."""
+        self._known[offset, len(data)] = data
+
+    def stores(self) -> list[tuple[int, bytes]]:
+        """(GPA, bytes) of each store, in order, cut into pieces of at most 8 bytes."""
+        return [(self.gpa + offset + at, data[at : at + 8]) for offset, data in self._stores for at in range(0, len(data), 8)]
+
+    def _access(self, _uc: int, kind: int, where: int, size: int, value: int, _data: int) -> None:
+        if where & -PAGE != SCRATCH_AT:
+            return
+        offset = where & (PAGE - 1)
+        size = min(size, PAGE - offset)
+        if kind == uc.UC_MEM_WRITE:
+            self._stores.append((offset, (value & (1 << 8 * size) - 1).to_bytes(size, "little")))
+        elif self._missing is None:
+            for at in range(0, size, 8):
+                piece = (offset + at, min(8, size - at))
+                if piece not in self._known:
+                    self._missing = piece
+                    return
+
+
+def scratch_page() -> tuple[mmap.mmap, int]:
+    """A page of our own and its address."""
+    page = mmap.mmap(-1, PAGE)
+    return page, ctypes.addressof(ctypes.c_char.from_buffer(page))

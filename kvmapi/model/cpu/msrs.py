@@ -1,0 +1,126 @@
+"""Model-specific registers: the few the modelled CPU has, where each lives, and what a write may be.
+
+Some live in the engine's blob (EFER, segment bases), others are plain values here. An MSR that is not in this list
+does not exist: RDMSR and WRMSR of it go to user space where that was asked for (KVM_CAP_X86_USER_SPACE_MSR), and
+raise #GP otherwise.
+"""
+
+from __future__ import annotations
+
+import time
+
+from kvmapi.model.cpu.state import FS, GS, Registers
+
+TSC, APIC_BASE, MISC_ENABLE, PAT, MTRR_CAP, MTRR_DEF = 0x10, 0x1B, 0x1A0, 0x277, 0xFE, 0x2FF
+SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP = 0x174, 0x175, 0x176
+EFER, STAR, LSTAR, CSTAR, SFMASK = 0xC0000080, 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084
+FS_BASE, GS_BASE, KERNEL_GS_BASE, TSC_AUX = 0xC0000100, 0xC0000101, 0xC0000102, 0xC0000103
+SEV_STATUS = 0xC0010131
+_EFER_SCE, _EFER_LME, _EFER_LMA, _EFER_NXE = 1, 1 << 8, 1 << 10, 1 << 11
+_EFER_VALID = _EFER_SCE | _EFER_LME | _EFER_LMA | _EFER_NXE
+_CANONICAL = frozenset((SYSENTER_ESP, SYSENTER_EIP, LSTAR, CSTAR, FS_BASE, GS_BASE, KERNEL_GS_BASE))
+_PAT_TYPES = frozenset((0, 1, 4, 5, 6, 7))
+# Unicorn executes SYSCALL, SYSENTER and SWAPGS itself: these must reach the engine through its own call.
+IN_ENGINE = (STAR, LSTAR, CSTAR, SFMASK, KERNEL_GS_BASE, SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP, TSC_AUX)
+INDEX_LIST = (
+    TSC,
+    APIC_BASE,
+    SYSENTER_CS,
+    SYSENTER_ESP,
+    SYSENTER_EIP,
+    PAT,
+    EFER,
+    STAR,
+    LSTAR,
+    CSTAR,
+    SFMASK,
+    FS_BASE,
+    GS_BASE,
+    KERNEL_GS_BASE,
+    TSC_AUX,
+    MISC_ENABLE,
+)
+
+
+class NoSuchMsr(Exception):
+    """The modelled CPU does not have this MSR, or not this value in it. `known` tells the two apart."""
+
+    def __init__(self, number: int, known: bool = False) -> None:
+        super().__init__(hex(number))
+        self.known = known
+
+
+class Msrs:
+    """The MSRs of one vCPU."""
+
+    def __init__(self, registers: Registers, *, bootstrap: bool) -> None:
+        self._registers = registers
+        self.sev_status = 0
+        self._tsc_offset = -_now()
+        self._values = {
+            APIC_BASE: 0xFEE00800 | (0x100 if bootstrap else 0),
+            PAT: 0x0007040600070406,
+            MISC_ENABLE: 1,
+            MTRR_CAP: 0x508,
+            MTRR_DEF: 0,
+            **dict.fromkeys(IN_ENGINE, 0),
+        }
+
+    def read(self, number: int) -> int:
+        """The value, or NoSuchMsr."""
+        if number == EFER:
+            return self._registers.efer
+        if number in (FS_BASE, GS_BASE):
+            return self._registers.segment(FS if number == FS_BASE else GS).base
+        if number == KERNEL_GS_BASE:
+            return self._registers.native.read_msr(number)  # SWAPGS moves it inside the engine
+        if number == TSC:
+            return (_now() + self._tsc_offset) & 0xFFFFFFFFFFFFFFFF
+        if number == SEV_STATUS and self.sev_status:
+            return self.sev_status
+        value = self._values.get(number)
+        if value is None:
+            raise NoSuchMsr(number)
+        return value
+
+    def write(self, number: int, value: int, *, host: bool = False) -> bool:
+        """Set it; True when the blob was changed and must be restored. NoSuchMsr refuses. `host`: from KVM_SET_MSRS,
+        not from the guest.
+        """
+        if number in _CANONICAL and value >> 47 not in (0, 0x1FFFF):
+            raise NoSuchMsr(number, known=True)
+        if number == EFER:
+            return self._write_efer(value, host)
+        if number in (FS_BASE, GS_BASE):
+            which = FS if number == FS_BASE else GS
+            self._registers.set_segment(which, self._registers.segment(which)._replace(base=value))
+            return True
+        if number == TSC:
+            self._tsc_offset = value - _now()
+            return False
+        if number == PAT and any(value >> shift & 0xFF not in _PAT_TYPES for shift in range(0, 64, 8)):
+            raise NoSuchMsr(number, known=True)
+        if number not in self._values or number == MTRR_CAP:
+            raise NoSuchMsr(number, known=number in self._values)
+        self._values[number] = value
+        if number in IN_ENGINE:
+            self._registers.native.write_msr(number, value)
+            self._registers.native.save()
+        return False
+
+    def _write_efer(self, value: int, host: bool) -> bool:
+        old = self._registers.efer
+        if value & ~_EFER_VALID:
+            raise NoSuchMsr(EFER, known=True)
+        if not host:
+            if (value ^ old) & _EFER_LME and self._registers.cr(0) >> 31 & 1:
+                raise NoSuchMsr(EFER, known=True)  # long mode cannot be switched while paging is on
+            value = value & ~_EFER_LMA | old & _EFER_LMA
+        self._registers.efer = value
+        self._registers.settle()
+        return True
+
+
+def _now() -> int:
+    """The time-stamp counter of the model: nanoseconds, that is 1 GHz."""
+    return time.monotonic_ns()

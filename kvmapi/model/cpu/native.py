@@ -1,0 +1,219 @@
+"""Unicorn's C interface, called without the Python class around it.
+
+The class costs several µs per call (argument checks, closures per register); the model's whole exit budget is 12 µs.
+So the few functions it needs are prototyped once here. Everything is a thin call: policy lives in engine.py.
+
+Two callbacks are machine code rather than Python, because a Python call per block or per stop would dominate:
+- a *stop hook* on one address is `uc_emu_stop` itself: its first argument is the engine, which is what a hook gets
+  first;
+- the *kick stub* runs at the start of every block, looks at two flags and calls `uc_emu_stop` when either is set.
+  That stops the guest exactly at a block boundary, which an asynchronous uc_emu_stop does not (it rewinds half-done
+  instructions).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable
+
+import unicorn.unicorn_const as uc
+from unicorn.unicorn_py3 import unicorn as _binding
+
+from kvmapi.model.cpu.layout import EngineMismatch
+
+_lib = _binding.uclib
+_u64, _ptr, _int = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int
+TlbFill = ctypes.CFUNCTYPE(ctypes.c_bool, _ptr, _u64, _int, _ptr, _ptr)
+Interrupt = ctypes.CFUNCTYPE(None, _ptr, ctypes.c_uint32, _ptr)
+MemoryAccess = ctypes.CFUNCTYPE(None, _ptr, _int, _u64, _int, ctypes.c_int64, _ptr)
+
+
+class TlbEntry(ctypes.Structure):
+    """What a TLB_FILL hook fills in: physical address and UC_PROT_* bits."""
+
+    _fields_ = [("paddr", _u64), ("perms", ctypes.c_uint32)]
+
+
+def _prototype(name: str, *arguments: type, result: type | None = _int) -> Callable[..., int]:
+    function: Callable[..., int] = ctypes.CFUNCTYPE(result, *arguments)((name, _lib))
+    return function
+
+
+_open = _prototype("uc_open", _int, _int, _ptr)
+_close = _prototype("uc_close", _ptr)
+_start = _prototype("uc_emu_start", _ptr, _u64, _u64, _u64, ctypes.c_size_t)
+_stop = _prototype("uc_emu_stop", _ptr)
+_reg_write = _prototype("uc_reg_write", _ptr, _int, _ptr)
+_reg_read = _prototype("uc_reg_read", _ptr, _int, _ptr)
+_map_ptr = _prototype("uc_mem_map_ptr", _ptr, _u64, ctypes.c_size_t, ctypes.c_uint32, _ptr)
+_unmap = _prototype("uc_mem_unmap", _ptr, _u64, ctypes.c_size_t)
+_context_alloc = _prototype("uc_context_alloc", _ptr, _ptr)
+_context_free = _prototype("uc_context_free", _ptr)
+_context_size = _prototype("uc_context_size", _ptr, result=ctypes.c_size_t)
+_context_save = _prototype("uc_context_save", _ptr, _ptr)
+_context_restore = _prototype("uc_context_restore", _ptr, _ptr)
+_hook_del = _prototype("uc_hook_del", _ptr, ctypes.c_size_t)
+_strerror = _prototype("uc_strerror", _int, result=ctypes.c_char_p)
+_hook_add = _lib.uc_hook_add  # variadic: arguments are wrapped at the call
+_ctl = _lib.uc_ctl  # variadic
+_STOP_ADDRESS = ctypes.cast(_lib.uc_emu_stop, _ptr)
+_WRITE = uc.UC_CTL_IO_WRITE << 30
+
+# cmp dword [rcx], 0; jne stop; mov rax, [rcx+16]; cmp byte [rax], 0; jne stop; ret; stop: jmp [rcx+8]
+_KICK_STUB = bytes.fromhex("833900 750a 488b4110 803800 7501 c3 ff6108".replace(" ", ""))
+_REG_EFLAGS, _REG_MSR = 25, 248  # UC_X86_REG_EFLAGS, UC_X86_REG_MSR (their module takes 10 ms to import)
+
+
+def _executable(code: bytes) -> tuple[mmap.mmap, int]:
+    area = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    area[: len(code)] = code
+    return area, ctypes.addressof(ctypes.c_char.from_buffer(area))
+
+
+_stub: tuple[mmap.mmap, int] | None = None
+
+
+def _kick_stub() -> int:
+    global _stub
+    if _stub is None:
+        _stub = _executable(_KICK_STUB)
+    return _stub[1]
+
+
+class Native:
+    """One Unicorn x86-64 engine in virtual-TLB mode. Not thread-safe: one caller at a time."""
+
+    def __init__(self) -> None:
+        handle = _ptr()
+        self._check(_open(uc.UC_ARCH_X86, uc.UC_MODE_64, ctypes.addressof(handle)), "open an engine")
+        self.handle: int = handle.value or 0
+        self._callbacks: list[object] = []  # ctypes callbacks must outlive the engine
+        context = _ptr()
+        self._check(_context_alloc(self.handle, ctypes.addressof(context)), "allocate a context")
+        self._context: int = context.value or 0
+        size = _context_size(self.handle)
+        self.blob = memoryview((ctypes.c_ubyte * size).from_address(self._context)).cast("B")
+        self._scratch = ctypes.create_string_buffer(64)
+        self._scratch_at = ctypes.addressof(self._scratch)
+        self.control(uc.UC_CTL_TLB_TYPE, _int(uc.UC_TLB_VIRTUAL))
+        self.control(uc.UC_CTL_UC_USE_EXITS, _int(1))  # otherwise `until` costs a TLB fill of its own
+
+    @staticmethod
+    def _check(error: int, what: str) -> None:
+        if error:
+            text = _strerror(error)
+            raise EngineMismatch(f"unicorn could not {what}: {bytes(text).decode() if text else error}")
+
+    def close(self) -> None:
+        """Free the engine and everything translated. Safe to call twice."""
+        if self.handle:
+            self.blob.release()
+            _context_free(self._context)
+            _close(self.handle)
+            self.handle = 0
+            self._callbacks.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+    # ---- running
+    def start(self, rip: int, count: int = 0) -> int:
+        """Run from `rip` until a hook stops it; a UC_ERR_* number. `count` > 0 bounds the instructions. Releases the
+        GIL.
+        """
+        return _start(self.handle, rip, 0, 0, count)
+
+    def stop(self) -> None:
+        """Only from inside a callback: stopping from outside tears instructions apart."""
+        _stop(self.handle)
+
+    # ---- state
+    def save(self) -> None:
+        """CPU -> blob."""
+        _context_save(self.handle, self._context)
+
+    def restore(self) -> None:
+        """blob -> CPU. The TLB is not flushed."""
+        _context_restore(self.handle, self._context)
+
+    def flags(self) -> int:
+        """RFLAGS, with the lazily computed condition codes."""
+        _reg_read(self.handle, _REG_EFLAGS, self._scratch_at)
+        return int.from_bytes(self._scratch.raw[:4], "little")
+
+    def write_register(self, register: int, value: int) -> None:
+        self._scratch.raw = value.to_bytes(64, "little")
+        self._check(_reg_write(self.handle, register, self._scratch_at), "write a register")
+
+    def write_wide(self, register: int, value: bytes) -> None:
+        self._scratch.raw = value
+        self._check(_reg_write(self.handle, register, self._scratch_at), "write a wide register")
+
+    def write_msr(self, number: int, value: int) -> None:
+        self._scratch.raw = number.to_bytes(8, "little") + value.to_bytes(8, "little")
+        self._check(_reg_write(self.handle, _REG_MSR, self._scratch_at), "write an MSR")
+
+    def read_msr(self, number: int) -> int:
+        self._scratch.raw = number.to_bytes(8, "little")
+        self._check(_reg_read(self.handle, _REG_MSR, self._scratch_at), "read an MSR")
+        return int.from_bytes(self._scratch.raw[8:16], "little")
+
+    def fault_address(self, offset: int) -> int:
+        """The address of the last refused access; `offset` is where calibration found it in the engine's structure."""
+        return ctypes.c_uint64.from_address(self.handle + offset).value
+
+    # ---- memory and caches
+    def map(self, base: int, size: int, pointer: int) -> None:
+        """Make host memory at `pointer` the engine's physical [base, base+size)."""
+        self._check(_map_ptr(self.handle, base, size, uc.UC_PROT_ALL, pointer), "map memory")
+
+    def unmap(self, base: int, size: int) -> None:
+        self._check(_unmap(self.handle, base, size), "unmap memory")
+
+    def control(self, what: int, *arguments: object) -> int:
+        return int(_ctl(_ptr(self.handle), what | len(arguments) << 26 | _WRITE, *arguments))
+
+    def flush_tlb(self) -> None:
+        self.control(uc.UC_CTL_TLB_FLUSH)
+
+    def flush_code(self) -> None:
+        """Throw away every translated block."""
+        self.control(uc.UC_CTL_TB_FLUSH)
+
+    # ---- hooks
+    def _hook(self, kind: int, callback: object, data: int, begin: int, end: int) -> int:
+        handle = ctypes.c_size_t()
+        error = _hook_add(_ptr(self.handle), ctypes.byref(handle), kind, callback, _ptr(data), _u64(begin), _u64(end))
+        self._check(error, "add a hook")
+        return handle.value
+
+    def hook_tlb_fill(self, callback: object) -> None:
+        self._callbacks.append(callback)
+        self._hook(uc.UC_HOOK_TLB_FILL, callback, 0, 1, 0)
+
+    def hook_interrupts(self, function: Callable[[int, int, int], None]) -> None:
+        callback = Interrupt(function)
+        self._callbacks.append(callback)
+        self._hook(uc.UC_HOOK_INTR, callback, 0, 1, 0)
+
+    def hook_memory(self, function: Callable[[int, int, int, int, int, int], None]) -> tuple[int, object]:
+        """Report every data access until `unhook`; the second value keeps the callback alive."""
+        callback = MemoryAccess(function)
+        return self._hook(uc.UC_HOOK_MEM_READ | uc.UC_HOOK_MEM_WRITE, callback, 0, 1, 0), callback
+
+    def hook_stop_at(self, address: int) -> int:
+        """Stop before the instruction at virtual `address`, with no Python in the way."""
+        return self._hook(uc.UC_HOOK_CODE, _STOP_ADDRESS, 0, address, address)
+
+    def hook_kick(self, byte_address: int) -> ctypes.Array[ctypes.c_uint64]:
+        """Stop at the next block whenever element 0 of the returned array, or the byte at `byte_address`, is not
+        zero.
+        """
+        data = (ctypes.c_uint64 * 3)(0, _STOP_ADDRESS.value or 0, byte_address)
+        self._callbacks.append(data)
+        self._hook(uc.UC_HOOK_BLOCK, _ptr(_kick_stub()), ctypes.addressof(data), 1, 0)
+        return data
+
+    def unhook(self, handle: int) -> None:
+        _hook_del(self.handle, handle)

@@ -1,0 +1,301 @@
+"""The instructions that leave the engine, executed here: port I/O, HLT, MSRs, CPUID and hypercalls.
+
+An instruction that needs the VMM writes its exit and leaves `pending`: the rest of the instruction, run at the next
+KVM_RUN. RIP moves past the instruction only then, as in KVM, so that user space sees the address of the instruction
+it emulates; an OUT is skipped only if user space left RIP alone.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvmapi.abi import kvm
+from kvmapi.model.caller import PAGE
+from kvmapi.model.cpu.mmu import Fault, UnsupportedMode
+from kvmapi.model.cpu.msrs import NoSuchMsr
+from kvmapi.model.cpu.scan import Site
+from kvmapi.model.cpu.state import ES
+from kvmapi.model.mem.physical import Refused
+from kvmapi.model.runpage import PIO_OFFSET
+
+if TYPE_CHECKING:
+    from kvmapi.model.cpu.cpu import Cpu
+
+RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
+_GP = 13
+_U64 = 0xFFFFFFFFFFFFFFFF
+_PIO_BUFFER = 1024  # bytes of string input KVM asks for at once
+_ENOSYS = 1000  # KVM_ENOSYS
+_IOPL_SHIFT, _DF, _IF = 12, 1 << 10, 1 << 9
+
+
+@dataclass(slots=True)
+class ExitPolicy:
+    """What user space asked to see, per VM: KVM_CAP_EXIT_HYPERCALL's mask and KVM_CAP_X86_USER_SPACE_MSR's reasons."""
+
+    hypercalls: int = 0
+    msr_reasons: int = 0
+
+
+class Privileged:
+    """Executes sensitive instructions of one Cpu. Each method returns KVM_RUN's result, or None when the guest goes
+    on.
+    """
+
+    def __init__(self, cpu: Cpu, policy: ExitPolicy) -> None:
+        self._policy = policy
+        self._cpu = cpu
+        self._registers = cpu.registers
+        self._page = cpu.page
+        self.pending: Callable[[], int | None] | None = None
+        self._skip = (0, 0)  # (RIP, length) of an OUT that is done once user space comes back
+        self._site = Site("none", 0)
+        self._kinds: dict[str, Callable[[Site], int | None]] = {
+            "out": self._out,
+            "in": self._in,
+            "outs": self._outs,
+            "ins": self._ins,
+            "hlt": self._hlt,
+            "rdmsr": self._rdmsr,
+            "wrmsr": self._wrmsr,
+            "cpuid": self._cpuid,
+        }
+
+    def execute(self, site: Site) -> int | None:
+        """One instruction found by the scan."""
+        return self._kinds[site.kind](site)
+
+    def complete(self) -> int | None:
+        """KVM_RUN is entered again: finish what the last exit left. None: go on; else another exit was written."""
+        rip, length = self._skip
+        if length:
+            self._skip = (0, 0)
+            if self._registers.rip == rip:
+                self._registers.rip = rip + length & _U64
+        pending, self.pending = self.pending, None
+        return pending() if pending is not None else None
+
+    def _advance(self, length: int) -> None:
+        registers = self._registers
+        mask = _U64 if registers.long_mode else 0xFFFFFFFF
+        registers.rip = registers.rip + length & mask
+
+    def _no_privilege(self) -> int | None:
+        return self._cpu.raise_in_guest(_GP, 0)
+
+    def _may_do_io(self) -> bool:
+        # The TSS permission bitmap is not consulted: code above IOPL gets #GP, which is what a TSS without bitmap
+        # gives.
+        registers = self._registers
+        return registers.cpl <= registers.u64[176 >> 3] >> _IOPL_SHIFT & 3
+
+    # ---- port I/O
+    def _out(self, site: Site) -> int | None:
+        if self._registers.cpl and not self._may_do_io():
+            return self._no_privilege()
+        registers, page = self._registers, self._page
+        value = registers.gpr(RAX) & (1 << 8 * site.size) - 1
+        page.memory[PIO_OFFSET : PIO_OFFSET + site.size] = value.to_bytes(site.size, "little")
+        self._skip = (registers.rip, site.length)
+        return page.io(kvm.KVM_EXIT_IO_OUT, site.size, registers.gpr(RDX) & 0xFFFF if site.port is None else site.port, 1)
+
+    def _in(self, site: Site) -> int | None:
+        if self._registers.cpl and not self._may_do_io():
+            return self._no_privilege()
+        self._site = site
+        self.pending = self._in_done
+        port = self._registers.gpr(RDX) & 0xFFFF if site.port is None else site.port
+        return self._page.io(kvm.KVM_EXIT_IO_IN, site.size, port, 1)
+
+    def _in_done(self) -> None:
+        size = self._site.size
+        value = int.from_bytes(self._page.memory[PIO_OFFSET : PIO_OFFSET + size], "little")
+        old = self._registers.gpr(RAX)
+        self._set_gpr(RAX, value if size == 4 else old & ~((1 << 8 * size) - 1) | value)
+        self._advance(self._site.length)
+
+    def _string(self, site: Site, index: int) -> tuple[int, int, bool]:
+        """(linear address of the element, repetitions left, backwards)."""
+        registers = self._registers
+        mask = (1 << 8 * site.address_size) - 1
+        count = registers.gpr(RCX) & mask if site.repeat else 1
+        segment = ES if index == RDI else site.segment
+        base = registers.segment(segment).base if not registers.long_mode or segment >= 4 else 0
+        return base + (registers.gpr(index) & mask) & _U64, count, bool(self._cpu.native.flags() & _DF)
+
+    def _move(self, site: Site, index: int, elements: int, backwards: bool) -> None:
+        """Advance the index register and the count by so many elements; leave the instruction when the count is used
+        up.
+        """
+        registers = self._registers
+        mask = (1 << 8 * site.address_size) - 1
+        step = -site.size if backwards else site.size
+        self._set_index(index, registers.gpr(index) + elements * step, mask)
+        left = 0
+        if site.repeat:
+            left = (registers.gpr(RCX) & mask) - elements
+            self._set_index(RCX, left, mask)
+        if not left:
+            self._advance(site.length)
+
+    def _outs(self, site: Site) -> int | None:
+        if self._registers.cpl and not self._may_do_io():
+            return self._no_privilege()
+        address, count, backwards = self._string(site, RSI)
+        if not count:
+            self._advance(site.length)
+            return None
+        try:
+            data = self._cpu.mmu.read(address, site.size, user=self._registers.cpl == 3)
+        except (Fault, Refused, UnsupportedMode) as why:
+            return self._operand_refused(why)
+        self._page.memory[PIO_OFFSET : PIO_OFFSET + site.size] = data
+        self._site = site
+        self._backwards = backwards
+        self.pending = self._outs_done
+        return self._page.io(kvm.KVM_EXIT_IO_OUT, site.size, self._registers.gpr(RDX) & 0xFFFF, 1)
+
+    def _outs_done(self) -> None:
+        self._move(self._site, RSI, 1, self._backwards)
+
+    def _ins(self, site: Site) -> int | None:
+        if self._registers.cpl and not self._may_do_io():
+            return self._no_privilege()
+        address, count, backwards = self._string(site, RDI)
+        if not count:
+            self._advance(site.length)
+            return None
+        room = (address & (PAGE - 1)) + site.size if backwards else PAGE - (address & (PAGE - 1))
+        count = max(1, min(count, room // site.size, _PIO_BUFFER // site.size))
+        self._site, self._backwards, self._string_at, self._string_count = site, backwards, address, count
+        self.pending = self._ins_done
+        return self._page.io(kvm.KVM_EXIT_IO_IN, site.size, self._registers.gpr(RDX) & 0xFFFF, count)
+
+    def _ins_done(self) -> int | None:
+        size = self._site.size
+        for number in range(self._string_count):
+            at = PIO_OFFSET + number * size
+            where = self._string_at + (-number if self._backwards else number) * size & _U64
+            try:
+                self._cpu.mmu.write(where, self._page.memory[at : at + size], user=self._registers.cpl == 3)
+            except (Fault, Refused, UnsupportedMode) as why:
+                return self._operand_refused(why)
+            self._move(self._site, RDI, 1, self._backwards)
+        return None
+
+    def _operand_refused(self, why: Fault | Refused | UnsupportedMode) -> int | None:
+        if isinstance(why, Fault):
+            return self._cpu.raise_in_guest(why.vector, why.error, why.address)
+        if isinstance(why, Refused):
+            return self._cpu.refused_result(why)
+        return self._cpu.internal_error(f"the model has no {why}")
+
+    _backwards = False
+    _string_at = _string_count = 0
+
+    # ---- HLT
+    def _hlt(self, site: Site) -> int | None:
+        if self._registers.cpl:
+            return self._no_privilege()
+        self._advance(site.length)
+        return self._page.head(kvm.KVM_EXIT_HLT)
+
+    # ---- CPUID and MSRs
+    def _set_gpr(self, number: int, value: int) -> None:
+        self._registers.set_gpr(number, value & _U64)
+        self._cpu.changed = True
+
+    def _set_index(self, number: int, value: int, mask: int) -> None:
+        """A write of an address-sized register: 32 bits clear the upper half, 16 bits keep the rest."""
+        old = self._registers.gpr(number) if mask == 0xFFFF else 0
+        self._set_gpr(number, old & ~mask | value & mask)
+
+    def _cpuid(self, site: Site) -> None:
+        registers = self._registers
+        eax, ebx, ecx, edx = self._cpu.cpuid.read(registers.gpr(RAX) & 0xFFFFFFFF, registers.gpr(RCX) & 0xFFFFFFFF)
+        for number, value in ((RAX, eax), (RBX, ebx), (RCX, ecx), (RDX, edx)):
+            self._set_gpr(number, value)
+        self._advance(site.length)
+
+    def _rdmsr(self, site: Site) -> int | None:
+        if self._registers.cpl:
+            return self._no_privilege()
+        number = self._registers.gpr(RCX) & 0xFFFFFFFF
+        try:
+            value = self._cpu.msrs.read(number)
+        except NoSuchMsr as why:
+            return self._msr_to_user(site, kvm.KVM_EXIT_X86_RDMSR, number, 0, why)
+        self._rdmsr_result(value, site.length)
+        return None
+
+    def _rdmsr_result(self, value: int, length: int) -> None:
+        self._set_gpr(RAX, value & 0xFFFFFFFF)
+        self._set_gpr(RDX, value >> 32 & 0xFFFFFFFF)
+        self._advance(length)
+
+    def _wrmsr(self, site: Site) -> int | None:
+        if self._registers.cpl:
+            return self._no_privilege()
+        registers = self._registers
+        number = registers.gpr(RCX) & 0xFFFFFFFF
+        value = registers.gpr(RAX) & 0xFFFFFFFF | (registers.gpr(RDX) & 0xFFFFFFFF) << 32
+        try:
+            self._cpu.changed |= self._cpu.msrs.write(number, value)
+        except NoSuchMsr as why:
+            return self._msr_to_user(site, kvm.KVM_EXIT_X86_WRMSR, number, value, why)
+        self._advance(site.length)
+        return None
+
+    def _msr_to_user(self, site: Site, exit_reason: int, number: int, value: int, why: NoSuchMsr) -> int | None:
+        reason = kvm.KVM_MSR_EXIT_REASON_INVAL if why.known else kvm.KVM_MSR_EXIT_REASON_UNKNOWN
+        if not self._policy.msr_reasons & reason:
+            return self._no_privilege()
+        self._site = site
+        self.pending = self._msr_done
+        self._msr_read = exit_reason == kvm.KVM_EXIT_X86_RDMSR
+        return self._page.payload(exit_reason, "<B7xIIQ", 0, reason, number, value)
+
+    _msr_read = False
+
+    def _msr_done(self) -> int | None:
+        if self._page.read("<B", 32):
+            return self._no_privilege()
+        if self._msr_read:
+            self._rdmsr_result(self._page.read("<Q", 48), self._site.length)
+        else:
+            self._advance(self._site.length)
+        return None
+
+    # ---- hypercalls
+    def hypercall(self, length: int) -> int | None:
+        """VMCALL or VMMCALL: KVM_HC_MAP_GPA_RANGE exits when enabled; everything else is answered here."""
+        registers = self._registers
+        long = registers.long_mode
+        mask = _U64 if long else 0xFFFFFFFF
+        number, gpa, pages, attributes = (registers.gpr(reg) & mask for reg in (RAX, RBX, RCX, RDX))
+        if registers.cpl:
+            self._hypercall_result(-errno.EPERM, length)
+            return None
+        if number != kvm.KVM_HC_MAP_GPA_RANGE or not self._policy.hypercalls >> number & 1:
+            self._hypercall_result(0 if number == kvm.KVM_HC_VAPIC_POLL_IRQ else -_ENOSYS, length)
+            return None
+        if gpa % PAGE or not pages or (gpa // PAGE) + pages > _U64:
+            self._hypercall_result(-errno.EINVAL, length)
+            return None
+        self._hypercall_length = length
+        self.pending = self._hypercall_done
+        return self._page.payload(
+            kvm.KVM_EXIT_HYPERCALL, "<Q6QQQ", number, gpa, pages, attributes, 0, 0, 0, 0, kvm.KVM_EXIT_HYPERCALL_LONG_MODE if long else 0
+        )
+
+    _hypercall_length = 0
+
+    def _hypercall_done(self) -> None:
+        self._hypercall_result(self._page.read("<Q", 88), self._hypercall_length)
+
+    def _hypercall_result(self, value: int, length: int) -> None:
+        self._set_gpr(RAX, value if self._registers.long_mode else value & 0xFFFFFFFF)
+        self._advance(length)

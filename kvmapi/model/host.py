@@ -1,0 +1,159 @@
+"""ModelHost: the system-call seam answered by the model, for callers in this process.
+
+Each fd it hands out is a real one, a placeholder memfd without content: it cannot collide with other fds, it can be
+passed where an fd number is expected, and a number that the caller closed and reused is noticed by its inode. A
+guest_memfd's placeholder has the file's size, so that fstat tells the truth; its memory is elsewhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Callable
+
+from kvmapi.model.caller import Errno, OwnMemory, own_memlock_limit
+from kvmapi.model.files import File, Foreign
+
+_DEVICES = ("/dev/kvm", "/dev/sev")
+
+
+class ModelHost:
+    """The software model as a Host (docs/seams.md §1). One instance is one machine: its own firmware, ASIDs and VMs."""
+
+    name = "model"
+
+    def __init__(self, platform: object | None = None) -> None:
+        from kvmapi.model.platform import Platform
+
+        self.platform = platform if isinstance(platform, Platform) else Platform()
+        self.memory = OwnMemory()
+        self._files: dict[int, tuple[File, int]] = {}
+        self._foreign = Foreign()
+
+    # ---- the seam
+    def open(self, path: str, flags: int) -> int:
+        """Open /dev/kvm or /dev/sev of the modelled machine; ENOENT for anything else."""
+        if path not in _DEVICES:
+            raise FileNotFoundError(errno.ENOENT, "the model has /dev/kvm and /dev/sev only", path)
+        if path == "/dev/sev" and not self.platform.has_sev:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        try:
+            return self.install(self._device(path, flags))
+        except Errno as failure:
+            raise OSError(failure.number, os.strerror(failure.number), path) from None
+
+    def _device(self, path: str, flags: int) -> File:
+        if path == "/dev/kvm":
+            from kvmapi.model.system import KvmDevice
+
+            return KvmDevice(self.platform)
+        from kvmapi.model.sev.device import SevDevice
+
+        return SevDevice(self.platform, writable=flags & os.O_ACCMODE != os.O_RDONLY)
+
+    def close(self, fd: int) -> None:
+        """Close one of the model's fds; another fd (a memfd, say) is closed as os.close does."""
+        entry = self._files.pop(fd, None)
+        os.close(fd)
+        if entry is not None:
+            entry[0].last_fd_closed()
+            entry[0].release()
+
+    def ioctl(self, fd: int, request: int, arg: int = 0) -> int:
+        """The result, or -errno. Never raises."""
+        entry = self._files.get(fd)
+        if entry is None:
+            return self._not_ours(fd)
+        file = entry[0]
+        if not file.enter():  # another thread closed it just now; from here on it stays, as fdget keeps a file
+            return -errno.EBADF
+        try:
+            return self._dispatch(file, request, arg)
+        finally:
+            file.release()
+
+    def _dispatch(self, file: File, request: int, arg: int) -> int:
+        handler = file.handlers.get(request)
+        if handler is None:
+            handler = file.handlers.get(request & 0xFFFFFFFF)  # the kernel looks at the low 32 bits
+            if handler is None:
+                return -file.unknown_errno()
+        try:
+            return handler(arg, self)
+        except Errno as failure:
+            return -failure.number
+        except MemoryError:
+            return -errno.ENOMEM
+
+    def runner(self, fd: int) -> Callable[[], int]:
+        """KVM_RUN on one vCPU without the look-ups of `ioctl`: the same answers, for run loops."""
+        from kvmapi.model.vcpu import VcpuFile
+
+        entry = self._files.get(fd)
+        if entry is None or not isinstance(entry[0], VcpuFile):
+            raise OSError(errno.EBADF, "not a vCPU of the model", fd)
+        return entry[0].runner(self)
+
+    def mmap(
+        self,
+        fd: int,
+        length: int,
+        prot: int = mmap.PROT_READ | mmap.PROT_WRITE,
+        flags: int = mmap.MAP_SHARED,
+        offset: int = 0,
+    ) -> mmap.mmap:
+        """Map a vCPU's kvm_run, a mappable guest_memfd, or an ordinary fd."""
+        entry = self._files.get(fd)
+        if entry is None:
+            return mmap.mmap(fd, length, flags=flags, prot=prot, offset=offset)
+        return entry[0].map(length, prot, flags, offset)
+
+    def memfd_create(self, name: str, flags: int) -> int:
+        """An ordinary memfd: mainline's flags only."""
+        return os.memfd_create(name, flags)
+
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        """fallocate on a guest_memfd by its rules, on another fd by the kernel's."""
+        entry = self._files.get(fd)
+        if entry is None:
+            from kvmapi.model.guest_memfd import real_fallocate
+
+            real_fallocate(fd, mode, offset, length)
+            return
+        try:
+            entry[0].allocate(mode, offset, length)
+        except Errno as failure:
+            raise OSError(failure.number, os.strerror(failure.number)) from None
+
+    # ---- the caller's side of a system call (caller.Caller)
+    def file(self, fd: int) -> File:
+        """The model's file behind `fd`, or a Foreign one; Errno(EBADF) when nothing is open there."""
+        entry = self._files.get(fd)
+        try:
+            inode = os.fstat(fd).st_ino
+        except (OSError, OverflowError):
+            raise Errno(errno.EBADF) from None
+        return entry[0] if entry is not None and entry[1] == inode else self._foreign
+
+    def install(self, file: File) -> int:
+        """A new fd for `file`; the fd is its first holder."""
+        try:
+            fd = os.memfd_create(f"sevmm:{file.kind}", os.MFD_CLOEXEC)
+        except OSError as failure:
+            file.release()
+            raise Errno(failure.errno or errno.EMFILE) from None
+        os.ftruncate(fd, file.size())
+        self._files[fd] = (file, os.fstat(fd).st_ino)
+        return fd
+
+    def memlock_limit(self) -> int | None:
+        """RLIMIT_MEMLOCK of this process in bytes, or None: no limit, or the platform does not apply it."""
+        return own_memlock_limit() if self.platform.memlock else None
+
+    def _not_ours(self, fd: int) -> int:
+        try:
+            os.fstat(fd)
+        except (OSError, OverflowError):
+            return -errno.EBADF
+        return -errno.ENOTTY

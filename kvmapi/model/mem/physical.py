@@ -1,0 +1,267 @@
+"""Guest-physical memory: from a GFN and a C-bit to the one backing that this access may use.
+
+There are two physical address spaces, secure and shared, and three rules for choosing, one per kind of VM:
+
+- plain: there is only shared memory, the caller's;
+- SW_PROTECTED: the memory attribute of the GFN chooses guest_memfd or the caller's memory; a page declared private
+  whose slot has no living guest_memfd is refused (KVM_EXIT_MEMORY_FAULT);
+- SEV: the C-bit of the access chooses; both are the same page of the caller's memory, seen decrypted or as it is.
+
+Backings reach the engine as *windows*: ranges of host memory at an engine-physical address of their own, mapped into
+each vCPU's engine when it first needs them. A window never moves; when its memory goes away, it is dropped from every
+engine before the ioctl returns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pyroaring import BitMap64
+
+from kvmapi.model.attributes import PrivateSet
+from kvmapi.model.caller import PAGE, Memory
+from kvmapi.model.mem.cipher import PageCipher
+from kvmapi.model.mem.secure import SecureMemory, page_view
+
+if TYPE_CHECKING:
+    from kvmapi.model.memslots import Memslots, Slot
+
+_WINDOW_ALIGN = 1 << 30
+
+
+class Refused(Exception):
+    """This access cannot be served. `kind`: "mmio" (no memory there), "fault" (memory-fault exit) or "hva" (the
+    caller's memory is not there).
+    """
+
+    def __init__(self, kind: str, gpa: int, *, private: bool = False, number: int = errno.EFAULT) -> None:
+        super().__init__(kind, gpa)
+        self.kind = kind
+        self.gpa = gpa
+        self.private = private
+        self.number = number
+
+
+@dataclass(slots=True, eq=False)
+class Window:
+    """Host memory [pointer, pointer+size) at engine-physical `base`."""
+
+    base: int
+    size: int
+    pointer: int
+    owner: object
+
+
+class Physical:
+    """Guest-physical memory of a plain VM, and what the other kinds share."""
+
+    def __init__(self, slots: Memslots, memory: Memory) -> None:
+        self.slots = slots
+        self.memory = memory
+        self.generation = 0  # counts changes after which every vCPU must drop its translations
+        self.code_generation = 0  # counts changes after which translated blocks may be wrong
+        self.windows: dict[int, Window] = {}  # by id(owner)
+        self._next_base = _WINDOW_ALIGN
+        self._readable: BitMap64 = BitMap64()  # caller's pages seen to be there
+        self._writable: BitMap64 = BitMap64()
+        self._words: dict[tuple[int, bool], memoryview] = {}
+        self.entered: BitMap64 = BitMap64()  # GFNs that some TLB may know since the last flush
+
+    # ---- the rule
+    def locate(self, gfn: int, encrypted: bool, write: bool) -> tuple[Window, int, bool]:
+        """(window, offset of the page in it, may it be entered writable) for one access. Raises Refused."""
+        slot = self._slot(gfn, write)
+        if slot.gmem is not None and slot.gmem.mappable:
+            return self._in_gmem(gfn, slot, private=False)
+        return self._in_caller(gfn, slot, write)
+
+    def page(self, gfn: int, encrypted: bool, write: bool) -> memoryview:
+        """A page as bytes, for exception frames and string I/O. Valid until the next change."""
+        window, offset, _ = self.locate(gfn, encrypted, write)
+        return page_view(window.pointer + offset)
+
+    def words(self, gfn: int, encrypted: bool) -> memoryview:
+        """A page of guest tables as 512 64-bit words, to be read; `store_word` writes one."""
+        view = self._words.get((gfn, encrypted))
+        if view is None:
+            view = self._words[gfn, encrypted] = self.page(gfn, encrypted, write=False).cast("Q")
+        return view
+
+    def store_word(self, gfn: int, encrypted: bool, index: int, value: int) -> None:
+        """Write an entry of a guest table (its accessed and dirty bits). A table in read-only memory stays as it is."""
+        slot = self.slots.find(gfn)
+        if slot is not None and not slot.readonly:
+            self.page(gfn, encrypted, write=True).cast("Q")[index] = value
+
+    # ---- entering and leaving KVM_RUN
+    def enter(self) -> None:
+        """A vCPU enters."""
+
+    def leave(self) -> None:
+        """A vCPU leaves."""
+
+    # ---- pieces
+    def _slot(self, gfn: int, write: bool) -> Slot:
+        slot = self.slots.find(gfn)
+        if slot is None or (write and slot.readonly):
+            raise Refused("mmio", gfn * PAGE)
+        return slot
+
+    def _in_caller(self, gfn: int, slot: Slot, write: bool) -> tuple[Window, int, bool]:
+        hva = slot.hva_of(gfn)
+        page = hva // PAGE
+        if page not in (self._writable if write else self._readable):
+            if not self.memory.accessible(hva, write):
+                raise Refused("hva", gfn * PAGE)
+            (self._writable if write else self._readable).add(page)
+        if write and slot.dirty is not None:
+            index = gfn - slot.gfn
+            slot.dirty[index >> 3] |= 1 << (index & 7)
+        window = self.windows.get(id(slot))
+        if window is None:
+            size = slot.pages * PAGE
+            window = self._add_window(slot, size, self.memory.pointer(slot.hva, size))
+        return window, (gfn - slot.gfn) * PAGE, write
+
+    def _in_gmem(self, gfn: int, slot: Slot, private: bool) -> tuple[Window, int, bool]:
+        file = slot.backing()
+        if file is None:
+            raise Refused("fault", gfn * PAGE, private=private)
+        window = self.windows.get(id(file))
+        if window is None:
+            pointer = ctypes.addressof(ctypes.c_char.from_buffer(file.memory()))
+            window = self._add_window(file, (file.bytes_ + PAGE - 1) & -PAGE, pointer)
+        return window, (slot.gmem_page + gfn - slot.gfn) * PAGE, True
+
+    def _add_window(self, owner: object, size: int, pointer: int) -> Window:
+        """Give host memory an engine-physical address. Windows are 1 GiB aligned and never reuse an address."""
+        window = Window(self._next_base, size, pointer, owner)
+        self._next_base += (size + _WINDOW_ALIGN) & -_WINDOW_ALIGN
+        self.windows[id(owner)] = window
+        return window
+
+    def drop_window(self, owner: object) -> None:
+        """The owner's memory goes away."""
+        self.windows.pop(id(owner), None)
+        self.changed()
+
+    def flush(self) -> None:
+        """Every vCPU must drop its translations before it goes on."""
+        self.generation += 1
+        self._words.clear()
+        self.entered.clear()
+
+    def flush_range(self, gfn: int, pages: int) -> None:
+        """As `flush`, for a change that concerns [gfn, gfn+pages) only: nothing to do where no TLB knows a page of it.
+
+        Tables are read through cached views and not through a TLB: those are void in any case.
+        """
+        self._words.clear()
+        if self.entered.range_cardinality(gfn, gfn + pages):
+            self.flush()
+
+    def changed(self) -> None:
+        """Slots, attributes or backings changed: translations are void, and what was known of the caller's memory
+        too.
+        """
+        self._readable.clear()
+        self._writable.clear()
+        self.flush()
+
+    def destroy(self) -> None:
+        """Drop everything."""
+        self._words.clear()
+        self.windows.clear()
+
+
+class ProtectedPhysical(Physical):
+    """SW_PROTECTED: the attribute chooses between guest_memfd and the caller's memory."""
+
+    def __init__(self, slots: Memslots, memory: Memory, private: PrivateSet) -> None:
+        super().__init__(slots, memory)
+        self.private = private
+
+    def locate(self, gfn: int, encrypted: bool, write: bool) -> tuple[Window, int, bool]:
+        if gfn not in self.private:
+            return super().locate(gfn, encrypted, write)
+        slot = self.slots.find(gfn)
+        if slot is None:
+            raise Refused("fault", gfn * PAGE, private=True)
+        return self._in_gmem(gfn, slot, private=True)
+
+
+class EncryptedPhysical(Physical):
+    """SEV: the C-bit of the access chooses between the decrypted and the raw view of one page.
+
+    A page is reachable through one view at a time. The cached frame stands for the decrypted view; `_raw_pages`
+    holds the caller's pages that some vCPU's TLB may still read or write raw.
+    """
+
+    def __init__(self, slots: Memslots, memory: Memory) -> None:
+        super().__init__(slots, memory)
+        self.secure: SecureMemory | None = None  # set by activation (LAUNCH_START)
+        self._raw_pages: BitMap64 = BitMap64()
+
+    def activate(self, cipher: PageCipher) -> None:
+        """The guest has a key from now on."""
+        self.secure = SecureMemory(cipher, self.flush, self._code_changed)
+
+    def _code_changed(self) -> None:
+        self.code_generation += 1
+
+    def flush(self) -> None:
+        super().flush()
+        self._raw_pages.clear()
+        if self.secure is not None:
+            self.secure.translations_gone()
+
+    def locate(self, gfn: int, encrypted: bool, write: bool) -> tuple[Window, int, bool]:
+        secure = self.secure
+        if secure is None:
+            return super().locate(gfn, encrypted, write)
+        slot = self._slot(gfn, write)
+        hva = slot.hva_of(gfn)
+        if not encrypted:
+            secure.evict(hva)
+            self._raw_pages.add(hva // PAGE)
+            return self._in_caller(gfn, slot, write)
+        if hva // PAGE in self._raw_pages:
+            self.flush()
+        # Ciphertext goes back on the way out, so the caller's page must take a store even if the guest only reads.
+        self._in_caller(gfn, slot, write=not slot.readonly)
+        frame = secure.frame(hva, self.memory.pointer(hva, PAGE), write)
+        window = self.windows.get(id(secure))
+        if window is None:
+            window = self._add_window(secure, secure.arena.size, secure.arena.address)
+        return window, frame.index * PAGE, write
+
+    def store_word(self, gfn: int, encrypted: bool, index: int, value: int) -> None:
+        secure, slot = self.secure, self.slots.find(gfn)
+        if secure is None or not encrypted or slot is None or slot.readonly:
+            super().store_word(gfn, encrypted, index, value)
+            return
+        self.words(gfn, encrypted)[index] = value  # not through a TLB: the frame is unsaved once, not for good
+        secure.mark_unsaved(slot.hva_of(gfn))
+
+    def executed(self, gfn: int) -> None:
+        """Translated blocks come from this page: when its frame is given up they must go too."""
+        slot = self.slots.find(gfn)
+        if self.secure is not None and slot is not None:
+            self.secure.mark_executed(slot.hva_of(gfn))
+
+    def enter(self) -> None:
+        if self.secure is not None:
+            self.secure.enter()
+
+    def leave(self) -> None:
+        if self.secure is not None:
+            self.secure.leave()
+
+    def destroy(self) -> None:
+        super().destroy()
+        if self.secure is not None:
+            self.secure.destroy()
+            self.secure = None

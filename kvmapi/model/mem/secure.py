@@ -1,0 +1,176 @@
+"""Encrypted guest pages: ciphertext in the VMM's memory, plaintext in the arena while the guest runs.
+
+A private page has one home, the caller's memory, and holds ciphertext there. When a vCPU touches it through a C-bit
+mapping, it is decrypted into a frame; when the vCPU leaves KVM_RUN, changed frames are encrypted back. This is a
+write-back cache, and it is what hardware looks like from outside:
+
+- while the guest is stopped the VMM sees ciphertext only, and the current one;
+- what the VMM wrote over a page is noticed at the next entry (the ciphertext differs from what we left) and reads as
+  garbage;
+- a page is cached under one alias at a time: touching it with the C-bit clear writes it back first and shows the
+  ciphertext.
+
+Frames are keyed by the caller's page address, which stands for the system physical address. Everything here runs
+under the VM's engine lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import zlib
+from collections.abc import Callable
+
+from kvmapi.model.mem.arena import FRAMES, PAGE, Arena
+from kvmapi.model.mem.cipher import PageCipher
+
+_KEEP = 256  # frames kept over an exit: each costs 0.3 µs at the next entry
+_HOT = 64  # frames that stay writable over an exit: each costs a checksum at every exit
+
+
+class Frame:
+    """One page of plaintext. `home` is the caller's page as our process sees it.
+
+    `writable`: some TLB may hold a writable entry. `unsaved`: it may differ from the ciphertext; a frame stays so as
+    long as it is writable.
+    """
+
+    __slots__ = ("address", "checksum", "cipher", "executed", "home", "index", "plain", "unsaved", "writable")
+
+    def __init__(self, index: int, address: int, home: memoryview, plain: memoryview) -> None:
+        self.index = index
+        self.address = address
+        self.home = home
+        self.plain = plain
+        self.cipher = b""
+        self.checksum = 0
+        self.writable = self.unsaved = False
+        self.executed = False
+
+
+def page_view(pointer: int) -> memoryview:
+    """The page at `pointer` in our process, as bytes."""
+    return memoryview((ctypes.c_ubyte * PAGE).from_address(pointer)).cast("B")
+
+
+class SecureMemory:
+    """The encrypted pages of one VM. `on_flush` must throw away every vCPU's translations; `on_code_change` every
+    translated block.
+    """
+
+    def __init__(self, cipher: PageCipher, on_flush: Callable[[], None], on_code_change: Callable[[], None]) -> None:
+        self.cipher = cipher
+        self.arena = Arena()
+        self._frames: dict[int, Frame] = {}
+        self._free = list(range(FRAMES - 1, -1, -1))
+        self._inside = 0
+        self._on_flush = on_flush
+        self._on_code_change = on_code_change
+
+    # ---- entering and leaving
+    def enter(self) -> None:
+        """A vCPU enters KVM_RUN: notice what the VMM changed meanwhile."""
+        self._inside += 1
+        if self._inside == 1:
+            self.arena.open_door()
+            for frame in self._frames.values():
+                if bytes(frame.home) != frame.cipher:
+                    self._load(frame)
+                    if frame.executed:
+                        self._on_code_change()
+
+    def leave(self) -> None:
+        """A vCPU leaves KVM_RUN: every changed page is ciphertext in the caller's memory before this returns."""
+        writable = 0
+        for frame in self._frames.values():
+            if frame.unsaved:
+                self._store(frame)
+                writable += frame.writable
+        if len(self._frames) > _KEEP:
+            self.evict_all()
+        elif writable > _HOT:
+            self._on_flush()
+        self._inside -= 1
+        if self._inside == 0:
+            self.arena.close_door()
+
+    # ---- during a run
+    def frame(self, address: int, pointer: int, write: bool) -> Frame:
+        """The frame of the caller's page at `address` (our process sees it at `pointer`), decrypted."""
+        frame = self._frames.get(address)
+        if frame is None:
+            if not self._free:
+                self.evict_all()
+            index = self._free.pop()
+            frame = Frame(index, address, page_view(pointer), self.arena.view[index * PAGE : (index + 1) * PAGE])
+            self._load(frame)
+            self._frames[address] = frame
+        if write:
+            frame.writable = frame.unsaved = True
+        return frame
+
+    def mark_executed(self, address: int) -> None:
+        """The engine translated code from this page."""
+        frame = self._frames.get(address)
+        if frame is not None:
+            frame.executed = True
+
+    def mark_unsaved(self, address: int) -> None:
+        """The model itself wrote to this frame."""
+        frame = self._frames.get(address)
+        if frame is not None:
+            frame.unsaved = True
+
+    def evict(self, address: int) -> None:
+        """Write one page back and forget its plaintext: it is about to be seen another way."""
+        frame = self._frames.pop(address, None)
+        if frame is not None:
+            self._drop(frame)
+            self._on_flush()
+
+    def evict_all(self) -> None:
+        """Write everything back and forget every plaintext."""
+        for frame in self._frames.values():
+            self._drop(frame)
+        self._frames.clear()
+        self._on_flush()
+
+    def evict_range(self, address: int, size: int) -> None:
+        """Write back what lies in the caller's [address, address+size)."""
+        for page in [at for at in self._frames if address - PAGE < at < address + size]:
+            self.evict(page)
+
+    def translations_gone(self) -> None:
+        """Every vCPU's TLB was flushed: a page is written again only through `frame`."""
+        for frame in self._frames.values():
+            frame.writable = False
+
+    def destroy(self) -> None:
+        """Deactivation: pages stay ciphertext for ever."""
+        self.arena.open_door()
+        self._frames.clear()
+        self.arena.destroy()
+
+    # ---- one page
+    def _load(self, frame: Frame) -> None:
+        frame.cipher = bytes(frame.home)
+        # Straight into the arena: a copy on the heap would stay readable there after it is freed.
+        self.cipher.decrypt_page_into(frame.address, frame.cipher, self.arena.room(frame.index))
+        frame.checksum = zlib.crc32(frame.plain)
+
+    def _store(self, frame: Frame) -> None:
+        # A checksum decides whether the page changed. A guest that forges a collision only leaves older ciphertext in
+        # the VMM's view.
+        frame.unsaved = frame.writable
+        checksum = zlib.crc32(frame.plain)
+        if checksum != frame.checksum:
+            frame.checksum = checksum
+            frame.cipher = self.cipher.encrypt_page(frame.address, frame.plain)
+            frame.home[:] = frame.cipher
+
+    def _drop(self, frame: Frame) -> None:
+        if frame.unsaved:
+            self._store(frame)
+        if frame.executed:
+            self._on_code_change()
+        frame.plain[:] = bytes(PAGE)
+        self._free.append(frame.index)

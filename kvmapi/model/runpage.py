@@ -1,0 +1,92 @@
+"""The page a vCPU shares with its VMM (struct kvm_run): where exits are written and answers read.
+
+Layout facts: include/uapi/linux/kvm.h. The mapping is three pages: kvm_run, the data page of port I/O, and the
+coalesced ring, which the model leaves empty.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import struct
+
+from kvmapi.abi import kvm
+
+SIZE = 3 * mmap.PAGESIZE
+PIO_OFFSET = mmap.PAGESIZE
+IMMEDIATE_EXIT, EXIT_REASON, UNION = 1, 8, 32
+_HEAD = struct.Struct("<IBBHQQ")  # from EXIT_REASON: reason, ready_for_interrupt, if_flag, flags, cr8, apic_base
+_IO = struct.Struct("<IBBHQQBBHIQ")  # the same and the io member
+
+
+class RunPage:
+    """kvm_run in a memfd of its own, so that the VMM's mapping and ours are the same memory."""
+
+    def __init__(self) -> None:
+        self._fd = os.memfd_create("sevmm:kvm_run", os.MFD_CLOEXEC)
+        os.ftruncate(self._fd, SIZE)
+        self.memory = mmap.mmap(self._fd, SIZE)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.apic_base = 0
+        self.interrupts = False  # RFLAGS.IF at the exit
+
+    def map(self, length: int, prot: int, flags: int, offset: int) -> mmap.mmap:
+        """The VMM's mapping; EINVAL beyond the area, as a fault there would be SIGBUS."""
+        if offset + length > SIZE:
+            raise OSError(22, "Invalid argument")
+        return mmap.mmap(self._fd, length, flags=flags, prot=prot, offset=offset)
+
+    def destroy(self) -> None:
+        """The last holder is gone. The VMM's own mapping, if any is left, keeps its memory."""
+        self.memory.close()
+        os.close(self._fd)
+
+    # ---- writing exits
+    def head(self, reason: int) -> int:
+        """An exit without payload. Returns 0, the result of KVM_RUN."""
+        _HEAD.pack_into(self.memory, EXIT_REASON, reason, self.interrupts, self.interrupts, 0, 0, self.apic_base)
+        return 0
+
+    def payload(self, reason: int, layout: str, *values: object) -> int:
+        """An exit whose union member is `values` packed by `layout` from offset 32."""
+        self.head(reason)
+        struct.pack_into(layout, self.memory, UNION, *values)
+        return 0
+
+    def io(self, out: int, size: int, port: int, count: int) -> int:
+        """KVM_EXIT_IO; the data stands at PIO_OFFSET."""
+        _IO.pack_into(
+            self.memory,
+            EXIT_REASON,
+            kvm.KVM_EXIT_IO,
+            self.interrupts,
+            self.interrupts,
+            0,
+            0,
+            self.apic_base,
+            out,
+            size,
+            port,
+            count,
+            PIO_OFFSET,
+        )
+        return 0
+
+    def mmio(self, gpa: int, data: bytes, is_write: bool) -> int:
+        """KVM_EXIT_MMIO of at most 8 bytes."""
+        return self.payload(kvm.KVM_EXIT_MMIO, "<Q8sIB", gpa, data.ljust(8, b"\0"), len(data), is_write)
+
+    def memory_fault(self, gpa: int, private: bool) -> int:
+        """KVM_EXIT_MEMORY_FAULT of one page; KVM_RUN itself returns an errno with it."""
+        flags = kvm.KVM_MEMORY_EXIT_FLAG_PRIVATE if private else 0
+        return self.payload(kvm.KVM_EXIT_MEMORY_FAULT, "<QQQ", flags, gpa & -4096, 4096)
+
+    def internal_error(self, suberror: int, *data: int) -> int:
+        """KVM_EXIT_INTERNAL_ERROR with up to 16 words."""
+        return self.payload(kvm.KVM_EXIT_INTERNAL_ERROR, f"<II{len(data)}Q", suberror, len(data), *data)
+
+    # ---- reading answers
+    def read(self, layout: str, offset: int) -> int:
+        """One number the VMM may have written."""
+        return int(struct.unpack_from(layout, self.memory, offset)[0])
