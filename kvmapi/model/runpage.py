@@ -15,9 +15,11 @@ from kvmapi.abi import kvm
 
 SIZE = 3 * mmap.PAGESIZE
 PIO_OFFSET = mmap.PAGESIZE
-IMMEDIATE_EXIT, EXIT_REASON, UNION = 1, 8, 32
-_HEAD = struct.Struct("<IBBHQQ")  # from EXIT_REASON: reason, ready_for_interrupt, if_flag, flags, cr8, apic_base
-_IO = struct.Struct("<IBBHQQBBHIQ")  # the same and the io member
+REQUEST_WINDOW, IMMEDIATE_EXIT, EXIT_REASON, UNION = 0, 1, 8, 32
+_AFTER = struct.Struct("<BBHQQ")  # from offset 12: ready_for_interrupt_injection, if_flag, flags, cr8, apic_base
+_AFTER_AT = 12
+_REASON = struct.Struct("<I")
+_IO = struct.Struct("<BBHIQ")  # direction, size, port, count, data_offset
 
 
 class RunPage:
@@ -29,7 +31,6 @@ class RunPage:
         self.memory = mmap.mmap(self._fd, SIZE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.apic_base = 0
-        self.interrupts = False  # RFLAGS.IF at the exit
 
     def map(self, length: int, prot: int, flags: int, offset: int) -> mmap.mmap:
         """The VMM's mapping; EINVAL beyond the area, as a fault there would be SIGBUS."""
@@ -45,32 +46,23 @@ class RunPage:
     # ---- writing exits
     def head(self, reason: int) -> int:
         """An exit without payload. Returns 0, the result of KVM_RUN."""
-        _HEAD.pack_into(self.memory, EXIT_REASON, reason, self.interrupts, self.interrupts, 0, 0, self.apic_base)
+        _REASON.pack_into(self.memory, EXIT_REASON, reason)
         return 0
+
+    def after_run(self, ready: bool, interrupts: bool, cr8: int) -> None:
+        """What every return of KVM_RUN fills in: may user space inject an interrupt, RFLAGS.IF, CR8, APIC base."""
+        _AFTER.pack_into(self.memory, _AFTER_AT, ready, interrupts, 0, cr8, self.apic_base)
 
     def payload(self, reason: int, layout: str, *values: object) -> int:
         """An exit whose union member is `values` packed by `layout` from offset 32."""
-        self.head(reason)
+        _REASON.pack_into(self.memory, EXIT_REASON, reason)
         struct.pack_into(layout, self.memory, UNION, *values)
         return 0
 
     def io(self, out: int, size: int, port: int, count: int) -> int:
         """KVM_EXIT_IO; the data stands at PIO_OFFSET."""
-        _IO.pack_into(
-            self.memory,
-            EXIT_REASON,
-            kvm.KVM_EXIT_IO,
-            self.interrupts,
-            self.interrupts,
-            0,
-            0,
-            self.apic_base,
-            out,
-            size,
-            port,
-            count,
-            PIO_OFFSET,
-        )
+        _REASON.pack_into(self.memory, EXIT_REASON, kvm.KVM_EXIT_IO)
+        _IO.pack_into(self.memory, UNION, out, size, port, count, PIO_OFFSET)
         return 0
 
     def mmio(self, gpa: int, data: bytes, is_write: bool) -> int:

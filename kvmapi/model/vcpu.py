@@ -1,4 +1,8 @@
-"""A vCPU fd of the model: registers, CPUID and MSRs as KVM's structs, and KVM_RUN."""
+"""A vCPU fd of the model: its lifetime, its lock, and KVM_RUN. The ioctls for its state are in vcpu_state.py.
+
+KVM_CAP_SYNC_REGS: what user space asks for in kvm_valid_regs is copied into kvm_run at every exit, and what it marks in
+kvm_dirty_regs is taken from there at the next entry.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +14,23 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import ioctls, kvm
-from kvmapi.model.caller import PAGE, Caller, Errno
-from kvmapi.model.cpu import sregs
+from kvmapi.model.caller import Caller, Errno
+from kvmapi.model.cpu import events, fpu, layout, sregs
 from kvmapi.model.cpu.cpu import KICKED, Cpu
-from kvmapi.model.cpu.cpuid import SEV_LEAF, Leaf, Table
-from kvmapi.model.cpu.mmu import Fault, UnsupportedMode
-from kvmapi.model.cpu.msrs import APIC_BASE, NoSuchMsr
 from kvmapi.model.files import File
 from kvmapi.model.lock import SLICE
-from kvmapi.model.mem.physical import Refused
-from kvmapi.model.platform import C_BIT
-from kvmapi.model.runpage import IMMEDIATE_EXIT, RunPage
+from kvmapi.model.runpage import IMMEDIATE_EXIT, REQUEST_WINDOW, RunPage
+from kvmapi.model.vcpu_state import REGS, VcpuState
 
 if TYPE_CHECKING:
     from kvmapi.model.vm import VmFile
 
-_REGS = struct.Struct("<18Q")
-# kvm_regs lists rax rbx rcx rdx rsi rdi rsp rbp r8.. ; the encoder's order is rax rcx rdx rbx rsp rbp rsi rdi r8..
-_ORDER = (0, 3, 1, 2, 6, 7, 4, 5, *range(8, 16))
-_CPUID_ENTRY = struct.Struct("<IIIIIII12x")
-_MSR_ENTRY = struct.Struct("<IIQ")
-_MAX_MSRS = 256
-_MAX_CPUID_ENTRIES = 256
+_SYNC = struct.Struct("<QQ")
+_SYNC_AT, _SYNC_REGS_AT = 288, 304  # kvm_valid_regs, kvm_dirty_regs; then struct kvm_sync_regs
+_SYNC_SREGS_AT = _SYNC_REGS_AT + REGS.size
+_SYNC_EVENTS_AT = _SYNC_SREGS_AT + sregs.SIZE
+_SYNC_ALL = kvm.KVM_SYNC_X86_REGS | kvm.KVM_SYNC_X86_SREGS | kvm.KVM_SYNC_X86_EVENTS
+_IF = 1 << 9
 
 
 class VcpuFile(File):
@@ -48,27 +47,14 @@ class VcpuFile(File):
         self.mutex = threading.Lock()
         self._turn = -1
         self._dead = self._gone = False
-        self._mp_state = kvm.KVM_MP_STATE_RUNNABLE
+        self.state = VcpuState(self)
         vm.acquire()
         sregs.reset(self.cpu)
+        fpu.reset(self.cpu)
+        self.cpu.changed = True
         self.handlers = {
             ioctls.KVM_RUN: self._run,
-            **{
-                number: self._locked(method)
-                for number, method in {
-                    ioctls.KVM_GET_REGS: self._get_regs,
-                    ioctls.KVM_SET_REGS: self._set_regs,
-                    ioctls.KVM_GET_SREGS: self._get_sregs,
-                    ioctls.KVM_SET_SREGS: self._set_sregs,
-                    ioctls.KVM_GET_MSRS: self._get_msrs,
-                    ioctls.KVM_SET_MSRS: self._set_msrs,
-                    ioctls.KVM_SET_CPUID2: self._set_cpuid2,
-                    ioctls.KVM_GET_CPUID2: self._get_cpuid2,
-                    ioctls.KVM_GET_MP_STATE: self._get_mp_state,
-                    ioctls.KVM_SET_MP_STATE: self._set_mp_state,
-                    ioctls.KVM_TRANSLATE: self._translate,
-                }.items()
-            },
+            **{number: self._locked(method) for number, method in self.state.handlers().items()},
         }
 
     def unknown_errno(self) -> int:
@@ -140,6 +126,12 @@ class VcpuFile(File):
         vm, cpu = self.vm, self.cpu
         if not vm.sev.may_run():
             raise Errno(errno.EINVAL)
+        valid, dirty = _SYNC.unpack_from(self.page.memory, _SYNC_AT)
+        if valid or dirty:
+            self._take_sync_regs(valid, dirty)
+        window = bool(self.page.memory[REQUEST_WINDOW])
+        if window != cpu.events.window_wanted:
+            cpu.events.window_wanted, cpu.attention = window, True
         lock = vm.lock
         lock.acquire(cpu.kick, SLICE)
         try:
@@ -164,121 +156,35 @@ class VcpuFile(File):
                 return result
             finally:
                 vm.physical.leave()
+                self._after_run()
+                if valid:
+                    self._give_sync_regs(valid)
         finally:
             lock.release()
 
-    # ---- registers
-    def _get_regs(self, arg: int, caller: Caller) -> int:
-        registers = self.cpu.registers
-        gprs = (registers.gpr(number) for number in _ORDER)
-        caller.memory.write(arg, _REGS.pack(*gprs, registers.rip, self._flags()))
-        return 0
-
-    def _flags(self) -> int:
+    def _after_run(self) -> None:
+        """The fields that every return of KVM_RUN fills in."""
         cpu = self.cpu
-        if cpu.changed:
-            cpu.native.restore()
-            cpu.changed = False
-        return cpu.native.flags() | 2
+        enabled = cpu.registers.u64[layout.EFLAGS >> 3] & _IF != 0
+        self.page.after_run(enabled and cpu.events.takes_interrupts(), enabled, cpu.cr8)
 
-    def _set_regs(self, arg: int, caller: Caller) -> int:
-        values = _REGS.unpack(caller.memory.read(arg, _REGS.size))
-        registers = self.cpu.registers
-        for number, value in zip(_ORDER, values):
-            registers.set_gpr(number, value)
-        registers.rip = values[16]
-        registers.set_flags(values[17])
-        self.cpu.changed = True
-        return 0
-
-    def _get_sregs(self, arg: int, caller: Caller) -> int:
-        caller.memory.write(arg, sregs.pack(self.cpu))
-        return 0
-
-    def _set_sregs(self, arg: int, caller: Caller) -> int:
-        data = caller.memory.read(arg, sregs.SIZE)
-        if not sregs.unpack(self.cpu, data, self.vm.sev.c_mask_offered(self.cpu.cpuid)):
+    def _take_sync_regs(self, valid: int, dirty: int) -> None:
+        if (valid | dirty) & ~_SYNC_ALL:
             raise Errno(errno.EINVAL)
-        self.page.apic_base = self.cpu.msrs.read(APIC_BASE)
-        self.cpu.mmu.generation = -1
-        return 0
-
-    def _get_mp_state(self, arg: int, caller: Caller) -> int:
-        caller.memory.write(arg, struct.pack("<I", self._mp_state))
-        return 0
-
-    def _set_mp_state(self, arg: int, caller: Caller) -> int:
-        state = struct.unpack("<I", caller.memory.read(arg, 4))[0]
-        if state != kvm.KVM_MP_STATE_RUNNABLE:  # the others need an in-kernel APIC
+        memory, state = self.page.memory, self.state
+        if dirty & kvm.KVM_SYNC_X86_REGS:
+            state.unpack_regs(memory[_SYNC_REGS_AT:_SYNC_SREGS_AT])
+        if dirty & kvm.KVM_SYNC_X86_SREGS and not state.unpack_sregs(memory[_SYNC_SREGS_AT:_SYNC_EVENTS_AT]):
             raise Errno(errno.EINVAL)
-        return 0
+        if dirty & kvm.KVM_SYNC_X86_EVENTS and not state.unpack_events(memory[_SYNC_EVENTS_AT : _SYNC_EVENTS_AT + events.SIZE]):
+            raise Errno(errno.EINVAL)
+        _SYNC.pack_into(memory, _SYNC_AT, valid, 0)
 
-    # ---- CPUID and MSRs
-    def _set_cpuid2(self, arg: int, caller: Caller) -> int:
-        count = struct.unpack("<I", caller.memory.read(arg, 4))[0]
-        if count > _MAX_CPUID_ENTRIES:
-            raise Errno(errno.E2BIG)
-        data = caller.memory.read(arg + 8, count * _CPUID_ENTRY.size) if count else b""
-        self.cpu.cpuid = Table([Leaf(*row) for row in _CPUID_ENTRY.iter_unpack(data)])
-        self.update_encryption()
-        return 0
-
-    def _get_cpuid2(self, arg: int, caller: Caller) -> int:
-        room = struct.unpack("<I", caller.memory.read(arg, 4))[0]
-        rows = self.cpu.cpuid.rows
-        if room < len(rows):
-            caller.memory.write(arg, struct.pack("<I", len(rows)))
-            raise Errno(errno.E2BIG)
-        caller.memory.write(arg, struct.pack("<II", len(rows), 0) + b"".join(_CPUID_ENTRY.pack(*row) for row in rows))
-        return 0
-
-    def update_encryption(self) -> None:
-        """The guest became a SEV guest, or its CPUID changed: the C-bit counts only where the guest is encrypted."""
-        active = self.vm.sev.active
-        self.cpu.mmu.c_mask = 1 << C_BIT if active else 0
-        self.cpu.msrs.sev_status = 1 if active and self.cpu.cpuid.has(SEV_LEAF) else 0
-        self.cpu.mmu.generation = -1
-
-    def _msr_entries(self, arg: int, caller: Caller) -> list[tuple[int, int, int]]:
-        count = struct.unpack("<I", caller.memory.read(arg, 4))[0]
-        if count > _MAX_MSRS:
-            raise Errno(errno.E2BIG)
-        data = caller.memory.read(arg + 8, count * _MSR_ENTRY.size) if count else b""
-        return list(_MSR_ENTRY.iter_unpack(data))
-
-    def _get_msrs(self, arg: int, caller: Caller) -> int:
-        done = b""
-        for number, reserved, _ in self._msr_entries(arg, caller):
-            try:
-                done += _MSR_ENTRY.pack(number, reserved, self.cpu.msrs.read(number))
-            except NoSuchMsr:
-                break
-        if done:
-            caller.memory.write(arg + 8, done)
-        return len(done) // _MSR_ENTRY.size
-
-    def _set_msrs(self, arg: int, caller: Caller) -> int:
-        done = 0
-        for number, _, value in self._msr_entries(arg, caller):
-            try:
-                self.cpu.changed |= self.cpu.msrs.write(number, value, host=True)
-            except NoSuchMsr:
-                break
-            done += 1
-        return done
-
-    # ---- KVM_TRANSLATE
-    def _translate(self, arg: int, caller: Caller) -> int:
-        va = struct.unpack("<Q16x", caller.memory.read(arg, 24))[0]
-        vm = self.vm
-        with vm.paused():
-            vm.physical.enter()
-            try:
-                gfn, _, _ = self.cpu.mmu.translate(va & -PAGE, write=False, fetch=False, user=False)
-                found = (gfn * PAGE | va & (PAGE - 1), 1)
-            except (Fault, Refused, UnsupportedMode):
-                found = (0xFFFFFFFFFFFFFFFF, 0)
-            finally:
-                vm.physical.leave()
-        caller.memory.write(arg, struct.pack("<QQBBB5x", va, found[0], found[1], 1, 0))
-        return 0
+    def _give_sync_regs(self, valid: int) -> None:
+        memory, state = self.page.memory, self.state
+        if valid & kvm.KVM_SYNC_X86_REGS:
+            memory[_SYNC_REGS_AT:_SYNC_SREGS_AT] = state.pack_regs()
+        if valid & kvm.KVM_SYNC_X86_SREGS:
+            memory[_SYNC_SREGS_AT:_SYNC_EVENTS_AT] = state.pack_sregs()
+        if valid & kvm.KVM_SYNC_X86_EVENTS:
+            memory[_SYNC_EVENTS_AT : _SYNC_EVENTS_AT + events.SIZE] = state.pack_events()

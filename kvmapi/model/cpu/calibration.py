@@ -32,6 +32,7 @@ _MARKS = {
     x86.UC_X86_REG_GS_BASE: (layout.SEGS + 5 * layout.SEG_SIZE + 8, 0x6666666622222222),
     x86.UC_X86_REG_CR2: (layout.CR + 16, 0x5555444433332221),
 }
+_TSC_AUX = 0xC0000103
 
 
 class _Probe:
@@ -77,6 +78,9 @@ def run() -> Layout:
     native.write_register(x86.UC_X86_REG_MXCSR, 0x1FA1)
     native.write_wide(x86.UC_X86_REG_XMM0, b"sixteen  markers")
     native.write_msr(0xC0000080, 0x0D01)
+    native.write_wide(x86.UC_X86_REG_FP0, b"ten  marks")
+    native.write_msr(_TSC_AUX, 0x13572468)
+    native.write_register(x86.UC_X86_REG_DR7, 0x2AAAAAAA00000400)
     native.save()
     blob = bytes(native.blob)
     for offset, value in _MARKS.values():
@@ -87,9 +91,25 @@ def run() -> Layout:
     fpuc = [at for at in find_all(blob, struct.pack("<H", 0x027F)) if efer and efer[0] < at < efer[0] + 64]
     mxcsr = find_all(blob, struct.pack("<I", 0x1FA1))
     xmm = find_all(blob, b"sixteen  markers")
-    expect(all(len(found) == 1 for found in (efer, fpuc, mxcsr, xmm)), "EFER and its SSE state")
+    fpregs = find_all(blob, b"ten  marks")
+    tsc_aux = find_all(blob, struct.pack("<Q", 0x13572468))
+    dr7 = find_all(blob, struct.pack("<Q", 0x2AAAAAAA00000400))
+    expect(all(len(found) == 1 for found in (efer, fpuc, mxcsr, xmm, fpregs)), "EFER and its x87 and SSE state")
+    expect(len(tsc_aux) == 1 and blob[tsc_aux[0] + 8 : tsc_aux[0] + 16] == struct.pack("<Q", 3), "XCR0")  # x87 and SSE
+    expect(len(dr7) == 1, "the debug registers")
     error_code, old_exception = _exception_fields()
-    return Layout(efer[0], error_code, old_exception, fpuc[0], mxcsr[0], xmm[0], _fault_address_field())
+    return Layout(
+        efer=efer[0],
+        error_code=error_code,
+        old_exception=old_exception,
+        fpuc=fpuc[0],
+        mxcsr=mxcsr[0],
+        xmm=xmm[0],
+        invalid_addr=_fault_address_field(),
+        fpregs=fpregs[0],
+        xcr0=tsc_aux[0] + 8,
+        debug=dr7[0] - 56,
+    )
 
 
 def _exception_fields() -> tuple[int, int]:

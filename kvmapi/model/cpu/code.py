@@ -32,7 +32,7 @@ class CodePage:
 
     __slots__ = ("pointer", "secret", "sites", "stamp", "tail", "view")
 
-    def __init__(self, pointer: int, tail: bytes, bits: int, secret: bool) -> None:
+    def __init__(self, pointer: int, tail: bytes, bits: int, secret: bool, flags: bool) -> None:
         self.pointer = pointer
         self.secret = secret
         self.view = page_view(pointer)
@@ -40,7 +40,7 @@ class CodePage:
         copy = bytearray(PAGE + len(tail))
         copy[:PAGE] = self.view
         copy[PAGE:] = tail
-        self.sites = scan.find(copy, PAGE, bits)
+        self.sites = scan.find(copy, PAGE, bits, flags)
         copy[:] = bytes(len(copy))  # plaintext must not stay on the heap
         self.stamp = self._stamp()
 
@@ -61,6 +61,8 @@ class CodeCache:
 
     def __init__(self, native: Native, read: Callable[[int, int], bytes]) -> None:
         self.secret = False  # pages are plaintext of an encrypted guest: keep checksums of them, no copies
+        self.watch_flags = False  # instructions that change IF, or end an NMI handler, stop the engine too; flush after a change
+        self.breakpoints: frozenset[int] = frozenset()  # addresses at which user space wants a stop; flush after a change
         self._native = native
         self._read = read  # guest-virtual bytes, for the tail in the next page
         self._pages: dict[int, CodePage] = {}  # by virtual page
@@ -76,20 +78,21 @@ class CodeCache:
             tail = b""
             with contextlib.suppress(Exception):  # the next page may be anything: then no instruction continues there
                 tail = self._read(va + PAGE, _TAIL)
-            page = self._pages[va] = CodePage(pointer, tail, bits, self.secret)
+            page = self._pages[va] = CodePage(pointer, tail, bits, self.secret, self.watch_flags)
             self._hook(va, page)
         before = self._pages.get(va - PAGE)
         if before is not None and before.tail != page.head():
             # An instruction may reach from the page before into this one, and was scanned without it.
-            self._pages[va - PAGE] = again = CodePage(before.pointer, page.head(), bits, self.secret)
+            self._pages[va - PAGE] = again = CodePage(before.pointer, page.head(), bits, self.secret, self.watch_flags)
             if again.sites.keys() - before.sites.keys():
                 self._hook(va - PAGE, again)
                 self._native.flush_code()
 
     def _hook(self, va: int, page: CodePage) -> None:
-        for offset in page.sites:
-            if va + offset not in self._hooks:
-                self._hooks[va + offset] = self._native.hook_stop_at(va + offset)
+        wanted = [va + offset for offset in page.sites] + [at for at in self.breakpoints if at & -PAGE == va]
+        for address in wanted:
+            if address not in self._hooks:
+                self._hooks[address] = self._native.hook_stop_at(address)
         self._overflow = len(self._hooks) > _MAX_HOOKS
 
     def site(self, va: int) -> Site | None:

@@ -21,7 +21,9 @@ from kvmapi.model.caller import PAGE
 from kvmapi.model.cpu import inject, layout
 from kvmapi.model.cpu.code import CodeCache
 from kvmapi.model.cpu.cpuid import Table
-from kvmapi.model.cpu.mmio import Mmio, scratch_page
+from kvmapi.model.cpu.debug import BP_VECTOR, GuestDebug
+from kvmapi.model.cpu.events import Events
+from kvmapi.model.cpu.mmio import MmioUnit, scratch_page
 from kvmapi.model.cpu.mmu import PF_VECTOR, SCRATCH_AT, Fault, Mmu, UnsupportedMode
 from kvmapi.model.cpu.msrs import Msrs
 from kvmapi.model.cpu.native import Native, TlbFill
@@ -32,6 +34,7 @@ from kvmapi.model.runpage import IMMEDIATE_EXIT, RunPage
 
 KICKED = 1 << 20  # no errno and no KVM_RUN result: the engine lock or the vCPU is wanted elsewhere
 _UD = 6
+_RF = 1 << 16
 _HYPERCALLS = (b"\x0f\x01\xc1", b"\x0f\x01\xd9")  # vmcall, vmmcall: KVM accepts either (it patches the wrong one)
 
 
@@ -50,7 +53,11 @@ class Cpu:
         self.cpuid = Table([])
         self.msrs = Msrs(self.registers, bootstrap=index == 0)
         self.privileged = Privileged(self, policy)
+        self.events = Events(self)
+        self.debug = GuestDebug(self)
+        self.mmio = MmioUnit(self)
         self.changed = False
+        self.attention = False  # events or debugging want a look before the guest is entered
         self.cr8 = 0
         self._event = -1
         self._mapped: dict[int, Window] = {}
@@ -61,8 +68,6 @@ class Cpu:
         self.native.hook_tlb_fill(TlbFill(self.mmu.fill))
         self.native.hook_interrupts(self._interrupted)
         self.kick = self.native.hook_kick(page.address + IMMEDIATE_EXIT)
-        self._mmio: Mmio | None = None
-        self._stores: list[tuple[int, bytes]] = []
         self.reason = ""  # why the last internal error, in words
 
     def destroy(self) -> None:
@@ -92,6 +97,12 @@ class Cpu:
         """Run until the VMM is needed: KVM_RUN's result with the exit written, or KICKED."""
         while True:
             self._catch_up()
+            if self.attention:
+                result = self._attend()
+                if result is not None:
+                    return result
+                if self.debug.active:
+                    continue
             if self.changed:
                 self.native.restore()
                 self.changed = False
@@ -101,6 +112,21 @@ class Cpu:
             result = self._stopped(error)
             if result is not None:
                 return result
+
+    def _attend(self) -> int | None:
+        """Deliver events; while debugging, execute one instruction. KVM_RUN's result, KICKED, or None."""
+        debug = self.debug
+        result = debug.completed()
+        if result is None:
+            result = self.events.before_entry()
+        if result is not None:
+            return result
+        if debug.active:
+            self.attention = True
+            if self.kick[0] or self.page.memory[IMMEDIATE_EXIT]:
+                return KICKED
+            return debug.step()
+        return None
 
     def _catch_up(self) -> None:
         """Drop translations that changes elsewhere made void."""
@@ -117,24 +143,48 @@ class Cpu:
                     del self._mapped[key]
             self.native.flush_tlb()
 
-    def step_native(self) -> None:
-        """Exactly one instruction (or one repetition), with the blob as the state before and after. Slow: for MMIO
-        only.
+    def step_native(self) -> int:
+        """Exactly one instruction (or one repetition), with the blob as the state before and after; a UC_ERR_* number
+        for `after_step`. Slow, and nothing may be translated already: for MMIO, single steps and the like.
         """
         self.mmu.fault, self._event = None, -1
         self.native.restore()
-        self.native.start(self.registers.rip, 1)
+        self.changed = False
+        error = self.native.start(self.registers.rip, 1)
         self.native.save()
+        return error
+
+    def after_step(self, error: int) -> int | None:
+        """Deal with what a single step ran into; None when it was executed, or when the guest goes on in a handler."""
+        if self.mmu.fault is not None:
+            return self.refused(self.mmu.fault)
+        if self._event >= 0:
+            return self._exception()
+        if error in (uc.UC_ERR_INSN_INVALID, uc.UC_ERR_EXCEPTION):
+            return self._invalid_opcode()
+        return None if error == uc.UC_ERR_OK else self.internal_error(f"the engine stopped with error {error}")
+
+    def touches(self, where: int, size: int, linear: int, length: int) -> bool:
+        """Does an access at engine-physical [where, where+size) meet guest-virtual [linear, linear+length)?"""
+        try:
+            gfn, encrypted, _ = self.mmu.translate(linear & -PAGE, False, False, False)
+            window, offset, _ = self.physical.locate(gfn, encrypted, False)
+        except (Fault, Refused, UnsupportedMode):
+            return False
+        at = window.base + offset + (linear & (PAGE - 1))
+        return where < at + length and at < where + size
 
     def _stopped(self, error: int) -> int | None:
         """What to do about a stop: KVM_RUN's result, KICKED, or None to go on."""
         fault = self.mmu.fault
         if fault is not None:
-            return self._refused(fault)
+            return self.refused(fault)
         if self._event >= 0:
             return self._exception()
         if error == uc.UC_ERR_OK:
             rip = self.registers.linear_rip
+            if rip in self.code.breakpoints:
+                return self._at_breakpoint(rip)
             site = self.code.site(rip)
             if site is not None:
                 return self.privileged.execute(site)
@@ -147,15 +197,28 @@ class Cpu:
             return self._invalid_opcode()
         return self.internal_error(f"the engine stopped with error {error}")
 
+    def _at_breakpoint(self, rip: int) -> int | None:
+        """An execution breakpoint of user space; with RFLAGS.RF set, the instruction is executed all the same."""
+        result = self.debug.at_breakpoint(rip)
+        if result is not None:
+            return result
+        site = self.code.site(rip)
+        self.registers.set_flags(self.native.flags() & ~_RF)
+        if site is not None:
+            self.changed = True
+            return self.privileged.execute(site)
+        self.code.flush()
+        return self.after_step(self.step_native())
+
     # ---- refused accesses
-    def _refused(self, why: Exception) -> int | None:
+    def refused(self, why: Exception) -> int | None:
         if isinstance(why, Fault):
             if why.vector == PF_VECTOR:
                 why.address = self.native.fault_address(self.where.invalid_addr)
             return self.raise_in_guest(why.vector, why.error, why.address)
         if isinstance(why, Refused):
             if why.kind == "mmio":
-                return self._begin_mmio(why)
+                return self.mmio.begin(why)
             return self.refused_result(why)
         if isinstance(why, UnsupportedMode):
             return self.internal_error(f"the model has no {why}")
@@ -181,6 +244,8 @@ class Cpu:
         self.changed = True
         if vector == _UD and not software:
             return self._invalid_opcode()
+        if vector == BP_VECTOR and self.debug.catches_int3:
+            return self.debug.int3()
         return self.raise_in_guest(vector, error & 0xFFFF, software=software)
 
     def _invalid_opcode(self) -> int | None:
@@ -190,15 +255,23 @@ class Cpu:
             return self.privileged.hypercall(prefix + 3)
         return self.raise_in_guest(_UD, None)
 
-    def raise_in_guest(self, vector: int, error: int | None, address: int = 0, *, software: bool = False) -> int | None:
-        """Deliver an exception; None to go on, or the result of KVM_RUN when the guest cannot take it."""
+    def raise_in_guest(
+        self, vector: int, error: int | None, address: int = 0, *, software: bool = False, external: bool = False
+    ) -> int | None:
+        """Deliver an exception, or with `external` an interrupt or NMI; None to go on, or the result of KVM_RUN when
+        the guest cannot take it.
+        """
         if vector == PF_VECTOR:
             self.registers.set_cr(2, address)
         if self.changed:
             self.native.restore()  # the engine computes RFLAGS: it must have what was set
         self.changed = True
         try:
-            inject.deliver(self.registers, self.mmu, self.native.flags(), vector, error, software=software)
+            flags = self.native.flags()
+            if external:
+                inject.deliver_external(self.registers, self.mmu, flags, vector)
+            else:
+                inject.deliver(self.registers, self.mmu, flags, vector, error, software=software)
         except inject.TripleFault:
             return self.page.head(kvm.KVM_EXIT_SHUTDOWN)
         except Refused as why:
@@ -221,57 +294,3 @@ class Cpu:
         size_and_first = len(code) | (words[0] & 0xFFFFFFFFFFFFFF) << 8
         rest = words[0] >> 56 | words[1] << 8
         return self.page.internal_error(kvm.KVM_INTERNAL_ERROR_EMULATION, 1, size_and_first, rest & 0xFFFFFFFFFFFFFFFF)
-
-    # ---- MMIO
-    def _begin_mmio(self, why: Refused) -> int | None:
-        va = self.native.fault_address(self.where.invalid_addr)
-        if (va ^ self.registers.linear_rip) & -PAGE == 0 and not self._page_is_code(va):
-            return self.internal_error(f"instruction fetch from {why.gpa:#x}, where there is no memory")
-        self._mmio = Mmio(self, why.gpa)
-        return self._go_on_mmio()
-
-    def _page_is_code(self, va: int) -> bool:
-        try:
-            self.mmu.read(va & -PAGE, 1)
-        except Exception:
-            return False
-        return True
-
-    def _go_on_mmio(self) -> int | None:
-        mmio = self._mmio
-        if mmio is None:
-            return None
-        try:
-            missing = mmio.attempt()
-        except Refused as why:
-            self._mmio = None
-            if why.kind == "mmio":
-                return self.internal_error(f"one instruction touches MMIO at {mmio.gpa:#x} and at {why.gpa:#x}")
-            return self.refused_result(why)
-        except (Fault, UnsupportedMode) as why:
-            self._mmio = None
-            return self._refused(why)
-        if missing is not None:
-            self.privileged.pending = self._mmio_answered
-            return self.page.mmio(mmio.gpa + missing[0], bytes(missing[1]), is_write=False)
-        self._mmio = None
-        self._stores = mmio.stores()
-        if self._event >= 0:
-            return self._exception()
-        return self._next_store()
-
-    def _mmio_answered(self) -> int | None:
-        mmio = self._mmio
-        if mmio is not None:
-            size = self.page.read("<I", 48)
-            offset = self.page.read("<Q", 32) - mmio.gpa
-            if 0 < size <= 8 and 0 <= offset < PAGE:
-                mmio.answer(offset, bytes(self.page.memory[40 : 40 + size]))
-        return self._go_on_mmio()
-
-    def _next_store(self) -> int | None:
-        if not self._stores:
-            return None
-        gpa, data = self._stores.pop(0)
-        self.privileged.pending = self._next_store
-        return self.page.mmio(gpa, data, is_write=True)

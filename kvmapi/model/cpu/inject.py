@@ -52,6 +52,21 @@ def deliver(registers: Registers, mmu: Mmu, flags: int, vector: int, error: int 
             software = False
 
 
+def deliver_external(registers: Registers, mmu: Mmu, flags: int, vector: int) -> None:
+    """Enter the handler of an interrupt or NMI: no error code, and no RF in the frame. A fault on the way is
+    delivered as `deliver` does.
+    """
+    try:
+        if registers.efer & (1 << 10):
+            _long_mode(registers, mmu, flags, vector, None, None)
+        elif not registers.cr(0) & 1:
+            _real_mode(registers, mmu, flags, vector)
+        else:
+            raise UnsupportedDelivery("an interrupt in 32-bit protected mode")
+    except Fault as fault:
+        deliver(registers, mmu, flags, fault.vector, fault.error)
+
+
 def _deliver_once(registers: Registers, mmu: Mmu, flags: int, vector: int, error: int | None, software: bool) -> None:
     if registers.efer & (1 << 10):
         _long_mode(registers, mmu, flags, vector, error, software)
@@ -61,7 +76,8 @@ def _deliver_once(registers: Registers, mmu: Mmu, flags: int, vector: int, error
         raise UnsupportedDelivery("an exception in 32-bit protected mode")
 
 
-def _long_mode(registers: Registers, mmu: Mmu, flags: int, vector: int, error: int | None, software: bool) -> None:
+def _long_mode(registers: Registers, mmu: Mmu, flags: int, vector: int, error: int | None, software: bool | None) -> None:
+    """`software` is None for interrupts from outside."""
     idt = registers.segment(IDT)
     bad_gate = vector * 8 + 2 + (0 if software else _EXTERNAL)
     if vector * 16 + 15 > idt.limit:
@@ -84,7 +100,7 @@ def _long_mode(registers: Registers, mmu: Mmu, flags: int, vector: int, error: i
     else:
         stack = old_sp
     # A fault's frame has RF set, so that a breakpoint on the instruction does not strike twice.
-    pushed = flags | _RF if not software and vector not in _NO_FAULT else flags
+    pushed = flags | _RF if software is False and vector not in _NO_FAULT else flags
     frame = [old_ss.selector, old_sp, pushed, registers.segment(CS).selector, registers.rip]
     if error is not None:
         frame.append(error)

@@ -59,6 +59,9 @@ class Layout:
     mxcsr: int
     xmm: int
     invalid_addr: int
+    fpregs: int
+    xcr0: int
+    debug: int
 
 
 def find_all(blob: bytes, value: bytes) -> list[int]:

@@ -21,10 +21,14 @@ from typing import TYPE_CHECKING
 from unicorn import unicorn_const as uc
 
 from kvmapi.model.caller import PAGE
-from kvmapi.model.cpu.mmu import SCRATCH_AT
+from kvmapi.model.cpu.mmu import SCRATCH_AT, Fault, UnsupportedMode
+from kvmapi.model.mem.physical import Refused
 
 if TYPE_CHECKING:
     from kvmapi.model.cpu.cpu import Cpu
+
+
+_GPA_AT, _DATA_AT, _LENGTH_AT = 32, 40, 48  # the mmio member of struct kvm_run
 
 
 class Mmio:
@@ -86,6 +90,69 @@ class Mmio:
                 if piece not in self._known:
                     self._missing = piece
                     return
+
+
+class MmioUnit:
+    """The MMIO instruction of one vCPU that is under way, from the refused access to the last store."""
+
+    def __init__(self, cpu: Cpu) -> None:
+        self._cpu = cpu
+        self._current: Mmio | None = None
+        self._stores: list[tuple[int, bytes]] = []
+
+    def begin(self, why: Refused) -> int | None:
+        """An access found no memory: KVM_RUN's result, or None when the guest goes on in a handler."""
+        cpu = self._cpu
+        va = cpu.native.fault_address(cpu.where.invalid_addr)
+        if (va ^ cpu.registers.linear_rip) & -PAGE == 0 and not self._is_memory(va):
+            return cpu.internal_error(f"instruction fetch from {why.gpa:#x}, where there is no memory")
+        self._current = Mmio(cpu, why.gpa)
+        return self._go_on()
+
+    def _is_memory(self, va: int) -> bool:
+        try:
+            self._cpu.mmu.read(va & -PAGE, 1)
+        except (Fault, Refused, UnsupportedMode):
+            return False
+        return True
+
+    def _go_on(self) -> int | None:
+        cpu, mmio = self._cpu, self._current
+        if mmio is None:
+            return None
+        try:
+            missing = mmio.attempt()
+        except Refused as why:
+            self._current = None
+            if why.kind == "mmio":
+                return cpu.internal_error(f"one instruction touches MMIO at {mmio.gpa:#x} and at {why.gpa:#x}")
+            return cpu.refused_result(why)
+        except (Fault, UnsupportedMode) as why:
+            self._current = None
+            return cpu.refused(why)
+        if missing is not None:
+            cpu.privileged.pending = self._answered
+            return cpu.page.mmio(mmio.gpa + missing[0], bytes(missing[1]), is_write=False)
+        self._current = None
+        self._stores = mmio.stores()
+        result = cpu.after_step(0)
+        return self._next_store() if result is None else result
+
+    def _answered(self) -> int | None:
+        mmio, page = self._current, self._cpu.page
+        if mmio is not None:
+            size = page.read("<I", _LENGTH_AT)
+            offset = page.read("<Q", _GPA_AT) - mmio.gpa
+            if 0 < size <= 8 and 0 <= offset < PAGE:
+                mmio.answer(offset, bytes(page.memory[_DATA_AT : _DATA_AT + size]))
+        return self._go_on()
+
+    def _next_store(self) -> int | None:
+        if not self._stores:
+            return None
+        gpa, data = self._stores.pop(0)
+        self._cpu.privileged.pending = self._next_store
+        return self._cpu.page.mmio(gpa, data, is_write=True)
 
 
 def scratch_page() -> tuple[mmap.mmap, int]:

@@ -62,6 +62,7 @@ class Privileged:
             "rdmsr": self._rdmsr,
             "wrmsr": self._wrmsr,
             "cpuid": self._cpuid,
+            **dict.fromkeys(("sti", "popf", "iret", "sysret"), self._flags_instruction),
         }
 
     def execute(self, site: Site) -> int | None:
@@ -195,6 +196,9 @@ class Privileged:
 
     _backwards = False
     _string_at = _string_count = 0
+
+    def _flags_instruction(self, site: Site) -> int | None:
+        return self._cpu.events.flags_instruction(site)
 
     # ---- HLT
     def _hlt(self, site: Site) -> int | None:

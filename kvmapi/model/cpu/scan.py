@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 MAX_LENGTH = 15
 _SENSITIVE = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4]|\x0f[\x30\x32\xa2]", re.DOTALL)
+_OR_FLAGS = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xfb\x9d\xcf]|\x0f[\x30\x32\xa2\x07]", re.DOTALL)
+_FLAGS = {0xFB: "sti", 0x9D: "popf", 0xCF: "iret"}
 _LEGACY = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 _REX = frozenset(range(0x40, 0x50))
 _SEGMENT_PREFIX = {0x26: 0, 0x2E: 1, 0x36: 2, 0x3E: 3, 0x64: 4, 0x65: 5}
@@ -39,13 +41,13 @@ class Site:
     segment: int = DS
 
 
-def find(code: bytes | bytearray, usable: int, bits: int) -> dict[int, Site]:
+def find(code: bytes | bytearray, usable: int, bits: int, flags: bool = False) -> dict[int, Site]:
     """Offsets below `usable` at which a sensitive instruction may start in `code` (a page and the first bytes of the
     next).
     """
     prefixes = _LEGACY | _REX if bits == 64 else _LEGACY
     sites: dict[int, Site] = {}
-    for match in _SENSITIVE.finditer(code):
+    for match in (_OR_FLAGS if flags else _SENSITIVE).finditer(code):
         opcode_at = match.start()
         start = opcode_at
         while True:
@@ -81,7 +83,9 @@ def decode(code: bytes | bytearray, start: int, opcode_at: int, bits: int) -> Si
     if opcode == 0xF4:
         return Site("hlt", length)
     if opcode == 0x0F:
-        return Site({0x30: "wrmsr", 0x32: "rdmsr", 0xA2: "cpuid"}[code[opcode_at + 1]], length + 1)
+        return Site({0x30: "wrmsr", 0x32: "rdmsr", 0xA2: "cpuid", 0x07: "sysret"}[code[opcode_at + 1]], length + 1)
+    if opcode in _FLAGS:
+        return Site(_FLAGS[opcode], length)
     size = small if opcode & 1 else 1
     if opcode in (0x6C, 0x6D, 0x6E, 0x6F):
         return Site("ins" if opcode < 0x6E else "outs", length, size, None, repeat, address_size, segment)

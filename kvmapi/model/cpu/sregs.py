@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 _SEGMENT = struct.Struct("<QIH10B")  # base limit selector type present dpl db s l g avl unusable padding
 _TABLE = struct.Struct("<QH6x")
-_CONTROL = struct.Struct("<7Q32x")  # cr0 cr2 cr3 cr4 cr8 efer apic_base, interrupt bitmap
+_CONTROL = struct.Struct("<7Q")  # cr0 cr2 cr3 cr4 cr8 efer apic_base
 _ORDER = (CS, DS, ES, FS, GS, SS, TR, LDT)
 SIZE = 312
+BITMAP_AT = 280  # interrupt_bitmap; struct kvm_sregs2 has its flags and PDPTRs there
 _CR0_PE, _CR0_PG, _CR0_NW, _CR0_CD = 1, 1 << 31, 1 << 29, 1 << 30
 _CR4_PAE = 1 << 5
 _CR4_VALID = 0x3 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 16 | 1 << 20 | 1 << 21
@@ -79,7 +80,7 @@ def pack(cpu: Cpu) -> bytes:
         table = registers.segment(number)
         out += _TABLE.pack(table.base, table.limit & 0xFFFF)
     control = (registers.cr(0), registers.cr(2), registers.cr(3), registers.cr(4), cpu.cr8, registers.efer)
-    return out + _CONTROL.pack(*control, cpu.msrs.read(APIC_BASE))
+    return out + _CONTROL.pack(*control, cpu.msrs.read(APIC_BASE)) + bytes(SIZE - BITMAP_AT)
 
 
 def unpack(cpu: Cpu, data: bytes, c_mask: int) -> bool:

@@ -1,0 +1,167 @@
+"""KVM_SET_GUEST_DEBUG: single steps, software and hardware breakpoints, each ending KVM_RUN with KVM_EXIT_DEBUG.
+
+- Single step: one instruction is executed alone, whatever it is, and the exit follows it. An instruction that itself
+  exits to user space (OUT, say) exits first; the debug exit comes when it is completed.
+- Software breakpoints: INT3 exits instead of reaching the guest, with RIP on the INT3.
+- Hardware execution breakpoints are native stop hooks: they cost nothing until they are hit. RFLAGS.RF lets the guest
+  past one.
+- Data breakpoints are found by stepping and watching accesses, which is slow and exact.
+
+Source: struct kvm_guest_debug and kvm_debug_exit_arch; kvm_arch_vcpu_ioctl_set_guest_debug in arch/x86/kvm/x86.c.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from unicorn import unicorn_const as uc
+
+from kvmapi.abi import kvm
+from kvmapi.model.cpu import layout, scan
+from kvmapi.model.cpu.mmu import Fault, UnsupportedMode
+from kvmapi.model.mem.physical import Refused
+
+if TYPE_CHECKING:
+    from kvmapi.model.cpu.cpu import Cpu
+
+DB_VECTOR, BP_VECTOR = 1, 3
+_DR6_ACTIVE_LOW, _DR6_BS = 0xFFFF0FF0, 1 << 14
+_RF = 1 << 16
+_LENGTHS = (1, 2, 8, 4)  # DR7.LEN
+_EXECUTE, _STORE, _ACCESS = 0, 1, 3  # DR7.RW; 2 is I/O, which no KVM guest debug supports
+
+
+class Breakpoint(NamedTuple):
+    """One enabled debug register."""
+
+    number: int
+    address: int
+    kind: int
+    length: int
+
+
+def breakpoints(registers: tuple[int, ...]) -> list[Breakpoint]:
+    """The enabled breakpoints in DR0-DR3 and DR7."""
+    dr7 = registers[7]
+    found = []
+    for number in range(4):
+        if dr7 >> 2 * number & 3:
+            field = dr7 >> 16 + 4 * number
+            found.append(Breakpoint(number, registers[number], field & 3, _LENGTHS[field >> 2 & 3]))
+    return found
+
+
+class GuestDebug:
+    """User space's debugging of one vCPU."""
+
+    def __init__(self, cpu: Cpu) -> None:
+        self._cpu = cpu
+        self._control = 0
+        self._breakpoints: list[Breakpoint] = []
+        self._data: list[Breakpoint] = []
+        self._completing = False
+        self._hit = 0
+        self._dr7 = 0x400
+
+    @property
+    def active(self) -> bool:
+        """Must every instruction be stepped?"""
+        return bool(self._control & kvm.KVM_GUESTDBG_SINGLESTEP or self._data or self._completing)
+
+    @property
+    def catches_int3(self) -> bool:
+        return bool(self._control & kvm.KVM_GUESTDBG_USE_SW_BP)
+
+    def set(self, control: int, registers: tuple[int, ...]) -> None:
+        """A new request; without KVM_GUESTDBG_ENABLE everything is off."""
+        self._control = control if control & kvm.KVM_GUESTDBG_ENABLE else 0
+        hardware = breakpoints(registers) if self._control & kvm.KVM_GUESTDBG_USE_HW_BP else []
+        self._dr7 = registers[7] if hardware else 0x400
+        self._breakpoints = [point for point in hardware if point.kind == _EXECUTE]
+        self._data = [point for point in hardware if point.kind in (_STORE, _ACCESS)]
+        self._completing = False
+        self._cpu.attention = True
+        code = self._cpu.code
+        addresses = frozenset(point.address for point in self._breakpoints)
+        if code.breakpoints != addresses:
+            code.breakpoints = addresses
+            code.flush()
+
+    # ---- exits
+    def _exit(self, vector: int, dr6: int) -> int:
+        pc = self._cpu.registers.linear_rip
+        return self._cpu.page.payload(kvm.KVM_EXIT_DEBUG, "<I4xQQQ", vector, pc, dr6, self._dr7)
+
+    def int3(self, length: int = 1) -> int:
+        """The guest is past an INT3 that user space wants to see: RIP goes back onto it."""
+        registers = self._cpu.registers
+        registers.rip = registers.rip - length & 0xFFFFFFFFFFFFFFFF
+        return self._exit(BP_VECTOR, _DR6_ACTIVE_LOW)
+
+    def at_breakpoint(self, rip: int) -> int | None:
+        """The exit of an execution breakpoint at `rip`, or None."""
+        if self._cpu.registers.u64[layout.EFLAGS >> 3] & _RF:
+            return None
+        numbers = [point.number for point in self._breakpoints if point.address == rip]
+        return self._exit(DB_VECTOR, _DR6_ACTIVE_LOW | sum(1 << number for number in numbers)) if numbers else None
+
+    # ---- stepping
+    def completed(self) -> int | None:
+        """User space answered the exit of a stepped instruction: now its debug exit is due."""
+        if not self._completing:
+            return None
+        self._completing = False
+        return self._after(0)
+
+    def step(self) -> int | None:
+        """Execute one instruction; KVM_RUN's result, or None when only data breakpoints are watched and none was hit."""
+        cpu = self._cpu
+        if not self._control & kvm.KVM_GUESTDBG_SINGLESTEP:
+            found = self.at_breakpoint(cpu.registers.linear_rip)
+            if found is not None:
+                return found
+        site = self._sensitive()
+        if site is not None:
+            result = cpu.privileged.execute(site)
+            if result is None:
+                return self._after(0)
+            self._completing = True
+            return result
+        self._hit = 0
+        cpu.code.flush()
+        hook = cpu.native.hook_memory(self._accessed) if self._data else None
+        try:
+            error = cpu.step_native()
+        finally:
+            if hook is not None:
+                cpu.native.unhook(hook[0])
+        result = cpu.after_step(error)
+        if result is not None:
+            return result
+        return self._after(self._hit)
+
+    def _after(self, hit: int) -> int | None:
+        if hit:
+            return self._exit(DB_VECTOR, _DR6_ACTIVE_LOW | hit)
+        if self._control & kvm.KVM_GUESTDBG_SINGLESTEP:
+            return self._exit(DB_VECTOR, _DR6_ACTIVE_LOW | _DR6_BS)
+        return None
+
+    def _sensitive(self) -> scan.Site | None:
+        """The instruction at RIP if it is one that the engine must not execute."""
+        cpu = self._cpu
+        try:
+            code = cpu.mmu.read(cpu.registers.linear_rip, scan.MAX_LENGTH)
+        except (Fault, Refused, UnsupportedMode):
+            try:
+                page_left = 4096 - (cpu.registers.linear_rip & 4095)
+                code = cpu.mmu.read(cpu.registers.linear_rip, min(page_left, scan.MAX_LENGTH))
+            except (Fault, Refused, UnsupportedMode):
+                return None  # the fetch will fault by itself
+        return scan.find(code, 1, cpu.registers.code_bits).get(0)
+
+    def _accessed(self, _uc: int, kind: int, where: int, size: int, _value: int, _data: int) -> None:
+        store = kind == uc.UC_MEM_WRITE
+        for point in self._data:
+            if (store or point.kind == _ACCESS) and self._cpu.touches(where, size, point.address, point.length):
+                self._hit |= 1 << point.number

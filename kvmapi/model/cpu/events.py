@@ -1,0 +1,141 @@
+"""What waits to be delivered to a vCPU: exceptions, interrupts and NMIs from user space, and the interrupt window.
+
+There is no interrupt controller in the model, so an interrupt comes from KVM_INTERRUPT or KVM_SET_VCPU_EVENTS and is
+delivered at the next entry, whatever IF says: the VMM injects only when KVM told it that the guest takes interrupts
+(`ready_for_interrupt_injection`, or KVM_EXIT_IRQ_WINDOW_OPEN after `request_interrupt_window`).
+
+Two things must be noticed while the guest runs: IF becoming 1 when a window was asked for, and IRET ending an NMI
+handler. Then the instructions that can do that (STI, POPF, IRET, SYSRET) are scanned for as well
+(`CodeCache.watch_flags`); each is executed alone and looked at afterwards. Without such a wish nothing is scanned and
+nothing is slower. Source: struct kvm_vcpu_events; kvm_vcpu_ioctl_x86_set_vcpu_events in arch/x86/kvm/x86.c for the
+checks.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+from kvmapi.abi import kvm
+from kvmapi.model.cpu import layout
+from kvmapi.model.cpu.scan import Site
+
+if TYPE_CHECKING:
+    from kvmapi.model.cpu.cpu import Cpu
+
+SIZE = 64
+_LAYOUT = struct.Struct("<4BI4B4BII4BB26xBQ")
+_IF = 1 << 9
+_NMI, _MAX_EXCEPTION = 2, 31
+_VALID = (
+    kvm.KVM_VCPUEVENT_VALID_NMI_PENDING | kvm.KVM_VCPUEVENT_VALID_SIPI_VECTOR | kvm.KVM_VCPUEVENT_VALID_SHADOW | kvm.KVM_VCPUEVENT_VALID_SMM
+)
+
+
+class Events:
+    """The events of one vCPU."""
+
+    def __init__(self, cpu: Cpu) -> None:
+        self._cpu = cpu
+        self.exception: tuple[int, int | None] | None = None  # (vector, error code)
+        self.interrupt: int | None = None
+        self._soft = False
+        self.nmi_pending = 0
+        self.nmi_masked = False
+        self.window_wanted = False
+
+    # ---- from user space
+    def pack(self) -> bytes:
+        """struct kvm_vcpu_events."""
+        vector, error = self.exception or (0, None)
+        exception = (self.exception is not None, vector, error is not None, 0, error or 0)
+        interrupt = (self.interrupt is not None, self.interrupt or 0, self._soft, self._shadow())
+        flags = kvm.KVM_VCPUEVENT_VALID_NMI_PENDING | kvm.KVM_VCPUEVENT_VALID_SHADOW | kvm.KVM_VCPUEVENT_VALID_SMM
+        return _LAYOUT.pack(*exception, *interrupt, 0, self.nmi_pending, self.nmi_masked, 0, 0, flags, 0, 0, 0, 0, 0, 0, 0)
+
+    def unpack(self, data: bytes) -> bool:
+        """Take struct kvm_vcpu_events; False (nothing changed) when KVM refuses it."""
+        fields = _LAYOUT.unpack(data)
+        injected, vector, has_error, pending, error = fields[:5]
+        interrupt_injected, interrupt, soft, shadow = fields[5:9]
+        _, nmi_pending, nmi_masked, _, _, flags = fields[9:15]
+        smm = fields[15:19]
+        if flags & ~_VALID or (flags & kvm.KVM_VCPUEVENT_VALID_SMM and any(smm)):
+            return False
+        if (injected or pending) and (vector > _MAX_EXCEPTION or vector == _NMI):
+            return False
+        self.exception = (vector, error if has_error else None) if injected or pending else None
+        self.interrupt = interrupt if interrupt_injected else None
+        self._soft = bool(soft)
+        if flags & kvm.KVM_VCPUEVENT_VALID_SHADOW:
+            self._set_shadow(bool(shadow))
+        if flags & kvm.KVM_VCPUEVENT_VALID_NMI_PENDING:
+            self.nmi_pending = min(nmi_pending, 2)
+        self.nmi_masked = bool(nmi_masked)
+        self._cpu.attention = True
+        return True
+
+    def queue_interrupt(self, vector: int) -> None:
+        """KVM_INTERRUPT: deliver at the next entry."""
+        self.interrupt, self._soft = vector, False
+        self._cpu.attention = True
+
+    def queue_nmi(self) -> None:
+        """KVM_NMI: at most one in delivery and one waiting, as the CPU latches them."""
+        self.nmi_pending = min(self.nmi_pending + 1, 1 if self.nmi_masked else 2)
+        self._cpu.attention = True
+
+    # ---- the guest's readiness
+    def _shadow(self) -> int:
+        return kvm.KVM_X86_SHADOW_INT_STI if self._cpu.registers.u32[layout.HFLAGS >> 2] & layout.HF_KEEP else 0
+
+    def _set_shadow(self, on: bool) -> None:
+        flags = self._cpu.registers.u32[layout.HFLAGS >> 2] & ~layout.HF_KEEP
+        self._cpu.registers.u32[layout.HFLAGS >> 2] = flags | (layout.HF_KEEP if on else 0)
+        self._cpu.changed = True
+
+    def takes_interrupts(self) -> bool:
+        """IF is set, no instruction's shadow, nothing waiting."""
+        open_ = self._cpu.registers.u64[layout.EFLAGS >> 3] & _IF and not self._shadow()
+        return bool(open_) and self.interrupt is None and self.exception is None
+
+    # ---- before the guest is entered
+    def before_entry(self) -> int | None:
+        """Deliver what is due; KVM_RUN's result if that, or an open window, ends the run."""
+        cpu = self._cpu
+        result: int | None = None
+        if self.exception is not None:
+            (vector, error), self.exception = self.exception, None
+            result = cpu.raise_in_guest(vector, error)
+        elif self.nmi_pending and not self.nmi_masked:
+            self.nmi_pending -= 1
+            self.nmi_masked = True
+            result = cpu.raise_in_guest(_NMI, None, external=True)
+        elif self.interrupt is not None:
+            vector, self.interrupt = self.interrupt, None
+            result = cpu.raise_in_guest(vector, None, external=not self._soft, software=self._soft)
+        if result is not None:
+            return result
+        if self.window_wanted and self.takes_interrupts():
+            return cpu.page.head(kvm.KVM_EXIT_IRQ_WINDOW_OPEN)
+        self._watch(self.window_wanted or self.nmi_masked)
+        cpu.attention = self.window_wanted or self.nmi_masked
+        return None
+
+    def _watch(self, on: bool) -> None:
+        code = self._cpu.code
+        if code.watch_flags != on:
+            code.watch_flags = on
+            code.flush()
+
+    def flags_instruction(self, site: Site) -> int | None:
+        """STI, POPF, IRET or SYSRET is next, and someone waits for what it may do: execute it alone."""
+        cpu = self._cpu
+        was_iret = site.kind == "iret"
+        cpu.code.flush()
+        before = cpu.registers.rip
+        result = cpu.after_step(cpu.step_native())
+        if result is None and was_iret and cpu.registers.rip != before:
+            self.nmi_masked = False
+        cpu.attention = True
+        return result

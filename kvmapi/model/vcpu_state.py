@@ -1,0 +1,346 @@
+"""The ioctls that read and write one vCPU's state: registers, FPU, debug registers, CPUID, MSRs and events, as KVM's
+structs.
+
+Each runs with the vCPU's mutex held and the vCPU outside KVM_RUN. Setting is checked first and applied whole or not
+at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kvmapi.abi import ioctls, kvm
+from kvmapi.model.caller import PAGE, Caller, Errno
+from kvmapi.model.cpu import events, fpu, layout, sregs
+from kvmapi.model.cpu.cpuid import SEV_LEAF, Leaf, Table
+from kvmapi.model.cpu.mmu import Fault, UnsupportedMode
+from kvmapi.model.cpu.msrs import APIC_BASE, NoSuchMsr
+from kvmapi.model.mem.physical import Refused
+from kvmapi.model.platform import C_BIT
+
+if TYPE_CHECKING:
+    from kvmapi.model.vcpu import VcpuFile
+
+REGS = struct.Struct("<18Q")
+_BLOB_REGS = struct.Struct("<17Q")  # 16 registers in the encoder's order, and RIP
+_CPUID_ENTRY = struct.Struct("<IIIIIII12x")
+_MSR_ENTRY = struct.Struct("<IIQ")
+_MAX_MSRS = 256
+_MAX_CPUID_ENTRIES = 256
+_DEBUGREGS = struct.Struct("<7Q72x")  # db[4] dr6 dr7 flags
+_GUEST_DEBUG = struct.Struct("<I4x8Q")
+_XCRS_SIZE = 8 + 16 * 16 + 128
+_DEBUG_CONTROL = (
+    kvm.KVM_GUESTDBG_ENABLE | kvm.KVM_GUESTDBG_SINGLESTEP | kvm.KVM_GUESTDBG_USE_SW_BP | kvm.KVM_GUESTDBG_USE_HW_BP
+    | kvm.KVM_GUESTDBG_INJECT_DB | kvm.KVM_GUESTDBG_INJECT_BP | kvm.KVM_GUESTDBG_BLOCKIRQ
+)  # fmt: skip
+TSC_KHZ = 1_000_000
+
+Method = Callable[[int, Caller], int]
+
+
+class VcpuState:
+    """The state ioctls of one vCPU."""
+
+    def __init__(self, vcpu: VcpuFile) -> None:
+        self._vcpu = vcpu
+        self._cpu = vcpu.cpu
+        self._mp_state = kvm.KVM_MP_STATE_RUNNABLE
+
+    def handlers(self) -> dict[int, Method]:
+        """Request number -> method; the caller adds the locking."""
+        return {
+            ioctls.KVM_GET_REGS: self._get_regs,
+            ioctls.KVM_SET_REGS: self._set_regs,
+            ioctls.KVM_GET_SREGS: self._get_sregs,
+            ioctls.KVM_SET_SREGS: self._set_sregs,
+            ioctls.KVM_GET_SREGS2: self._get_sregs2,
+            ioctls.KVM_SET_SREGS2: self._set_sregs2,
+            ioctls.KVM_GET_FPU: self._get_fpu,
+            ioctls.KVM_SET_FPU: self._set_fpu,
+            ioctls.KVM_GET_XSAVE: self._get_xsave,
+            ioctls.KVM_GET_XSAVE2: self._get_xsave,
+            ioctls.KVM_SET_XSAVE: self._set_xsave,
+            ioctls.KVM_GET_XCRS: self._get_xcrs,
+            ioctls.KVM_SET_XCRS: self._set_xcrs,
+            ioctls.KVM_GET_DEBUGREGS: self._get_debugregs,
+            ioctls.KVM_SET_DEBUGREGS: self._set_debugregs,
+            ioctls.KVM_GET_VCPU_EVENTS: self._get_events,
+            ioctls.KVM_SET_VCPU_EVENTS: self._set_events,
+            ioctls.KVM_INTERRUPT: self._interrupt,
+            ioctls.KVM_NMI: self._nmi,
+            ioctls.KVM_SET_GUEST_DEBUG: self._set_guest_debug,
+            ioctls.KVM_SET_SIGNAL_MASK: self._set_signal_mask,
+            ioctls.KVM_GET_TSC_KHZ: self._get_tsc_khz,
+            ioctls.KVM_GET_MSRS: self._get_msrs,
+            ioctls.KVM_SET_MSRS: self._set_msrs,
+            ioctls.KVM_SET_CPUID2: self._set_cpuid2,
+            ioctls.KVM_GET_CPUID2: self._get_cpuid2,
+            ioctls.KVM_GET_MP_STATE: self._get_mp_state,
+            ioctls.KVM_SET_MP_STATE: self._set_mp_state,
+            ioctls.KVM_TRANSLATE: self._translate,
+        }
+
+    # ---- general registers (also for kvm_run.s.regs)
+    def pack_regs(self) -> bytes:
+        """struct kvm_regs: rax rbx rcx rdx rsi rdi rsp rbp r8-r15 rip rflags."""
+        rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, *high, rip = _BLOB_REGS.unpack_from(self._cpu.native.blob, layout.REGS)
+        return REGS.pack(rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, *high, rip, self._flags())
+
+    def unpack_regs(self, data: bytes) -> None:
+        """Apply struct kvm_regs. KVM refuses nothing here."""
+        rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, *high, rip, rflags = REGS.unpack(data)
+        _BLOB_REGS.pack_into(self._cpu.native.blob, layout.REGS, rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, *high, rip)
+        self._cpu.registers.set_flags(rflags)
+        self._cpu.events.exception = None  # as KVM: what was pending belonged to the old state
+        self._cpu.changed = True
+
+    def _flags(self) -> int:
+        cpu = self._cpu
+        if cpu.changed:
+            cpu.native.restore()
+            cpu.changed = False
+        return cpu.native.flags() | 2
+
+    def _get_regs(self, arg: int, caller: Caller) -> int:
+        caller.memory.write(arg, self.pack_regs())
+        return 0
+
+    def _set_regs(self, arg: int, caller: Caller) -> int:
+        self.unpack_regs(caller.memory.read(arg, REGS.size))
+        return 0
+
+    # ---- system registers (also for kvm_run.s.sregs)
+    def pack_sregs(self) -> bytes:
+        """struct kvm_sregs; its bitmap has the interrupt that waits."""
+        data = bytearray(sregs.pack(self._cpu))
+        vector = self._cpu.events.interrupt
+        if vector is not None:
+            data[sregs.BITMAP_AT + vector // 8] |= 1 << vector % 8
+        return bytes(data)
+
+    def unpack_sregs(self, data: bytes) -> bool:
+        """Apply struct kvm_sregs; False when KVM refuses it."""
+        if not self._unpack_system(data):
+            return False
+        waiting = int.from_bytes(data[sregs.BITMAP_AT : sregs.SIZE], "little")
+        if waiting:
+            self._cpu.events.queue_interrupt(waiting.bit_length() - 1)
+        return True
+
+    def _unpack_system(self, data: bytes) -> bool:
+        if not sregs.unpack(self._cpu, data, self._vcpu.vm.sev.c_mask_offered(self._cpu.cpuid)):
+            return False
+        self._vcpu.page.apic_base = self._cpu.msrs.read(APIC_BASE)
+        self._cpu.mmu.generation = -1
+        return True
+
+    def _get_sregs(self, arg: int, caller: Caller) -> int:
+        caller.memory.write(arg, self.pack_sregs())
+        return 0
+
+    def _set_sregs(self, arg: int, caller: Caller) -> int:
+        if not self.unpack_sregs(caller.memory.read(arg, sregs.SIZE)):
+            raise Errno(errno.EINVAL)
+        return 0
+
+    def _get_sregs2(self, arg: int, caller: Caller) -> int:
+        caller.memory.write(arg, sregs.pack(self._cpu)[: sregs.BITMAP_AT] + bytes(40))  # no PDPTRs outside PAE paging
+        return 0
+
+    def _set_sregs2(self, arg: int, caller: Caller) -> int:
+        data = caller.memory.read(arg, sregs.BITMAP_AT + 40)
+        flags = struct.unpack_from("<Q", data, sregs.BITMAP_AT)[0]
+        if flags & ~kvm.KVM_SREGS2_FLAGS_PDPTRS_VALID or flags:  # PDPTRs belong to PAE paging, which the model lacks
+            raise Errno(errno.EINVAL)
+        if not self._unpack_system(data[: sregs.BITMAP_AT]):
+            raise Errno(errno.EINVAL)
+        return 0
+
+    # ---- x87, SSE, XSAVE
+    def _get_fpu(self, arg: int, caller: Caller) -> int:
+        caller.memory.write(arg, fpu.to_kvm_fpu(fpu.save(self._cpu)))
+        return 0
+
+    def _set_fpu(self, arg: int, caller: Caller) -> int:
+        fpu.restore(self._cpu, fpu.from_kvm_fpu(caller.memory.read(arg, fpu.FPU_SIZE), fpu.save(self._cpu)))
+        return 0
+
+    def _get_xsave(self, arg: int, caller: Caller) -> int:
+        caller.memory.write(arg, fpu.to_xsave(fpu.save(self._cpu)))
+        return 0
+
+    def _set_xsave(self, arg: int, caller: Caller) -> int:
+        try:
+            fpu.restore(self._cpu, fpu.from_xsave(caller.memory.read(arg, fpu.XSAVE_SIZE)))
+        except fpu.BadState:
+            raise Errno(errno.EINVAL) from None
+        return 0
+
+    def _get_xcrs(self, arg: int, caller: Caller) -> int:
+        value = struct.unpack_from("<Q", self._cpu.native.blob, self._cpu.where.xcr0)[0]
+        caller.memory.write(arg, struct.pack("<IIIIQ", 1, 0, 0, 0, value).ljust(_XCRS_SIZE, b"\0"))
+        return 0
+
+    def _set_xcrs(self, arg: int, caller: Caller) -> int:
+        data = caller.memory.read(arg, _XCRS_SIZE)
+        count, flags = struct.unpack_from("<II", data)
+        if count > 16 or flags:
+            raise Errno(errno.EINVAL)
+        for number in range(count):
+            register, value = struct.unpack_from("<I4xQ", data, 8 + 16 * number)
+            if register:
+                continue  # only XCR0 exists; KVM passes over the others
+            if value & ~fpu.SUPPORTED or not value & fpu.X87:
+                raise Errno(errno.EINVAL)
+            struct.pack_into("<Q", self._cpu.native.blob, self._cpu.where.xcr0, value)
+            self._cpu.changed = True
+        return 0
+
+    # ---- debug registers and guest debugging
+    def _get_debugregs(self, arg: int, caller: Caller) -> int:
+        registers = struct.unpack_from("<8Q", self._cpu.native.blob, self._cpu.where.debug)
+        caller.memory.write(arg, _DEBUGREGS.pack(*registers[:4], registers[6], registers[7], 0))
+        return 0
+
+    def _set_debugregs(self, arg: int, caller: Caller) -> int:
+        *addresses, dr6, dr7, flags = _DEBUGREGS.unpack(caller.memory.read(arg, _DEBUGREGS.size))
+        if flags or dr6 >> 32 or dr7 >> 32:
+            raise Errno(errno.EINVAL)
+        struct.pack_into("<4Q16xQQ", self._cpu.native.blob, self._cpu.where.debug, *addresses, dr6, dr7)
+        self._cpu.changed = True
+        return 0
+
+    def _set_guest_debug(self, arg: int, caller: Caller) -> int:
+        control, *registers = _GUEST_DEBUG.unpack(caller.memory.read(arg, _GUEST_DEBUG.size))
+        if control & ~_DEBUG_CONTROL:
+            raise Errno(errno.EINVAL)
+        if control & (kvm.KVM_GUESTDBG_INJECT_DB | kvm.KVM_GUESTDBG_INJECT_BP):
+            if self._cpu.events.exception is not None:
+                raise Errno(errno.EBUSY)
+            self._cpu.events.exception = (1 if control & kvm.KVM_GUESTDBG_INJECT_DB else 3, None)
+        self._cpu.debug.set(control, tuple(registers))
+        return 0
+
+    # ---- events
+    def pack_events(self) -> bytes:
+        """struct kvm_vcpu_events."""
+        return self._cpu.events.pack()
+
+    def unpack_events(self, data: bytes) -> bool:
+        """Apply struct kvm_vcpu_events; False when KVM refuses it."""
+        return self._cpu.events.unpack(data)
+
+    def _get_events(self, arg: int, caller: Caller) -> int:
+        caller.memory.write(arg, self.pack_events())
+        return 0
+
+    def _set_events(self, arg: int, caller: Caller) -> int:
+        if not self.unpack_events(caller.memory.read(arg, events.SIZE)):
+            raise Errno(errno.EINVAL)
+        return 0
+
+    def _interrupt(self, arg: int, caller: Caller) -> int:
+        vector = struct.unpack("<I", caller.memory.read(arg, 4))[0]
+        if vector > 255:
+            raise Errno(errno.EINVAL)
+        self._cpu.events.queue_interrupt(vector)
+        return 0
+
+    def _nmi(self, arg: int, caller: Caller) -> int:
+        self._cpu.events.queue_nmi()
+        return 0
+
+    def _set_signal_mask(self, arg: int, caller: Caller) -> int:
+        """The mask is checked and has no effect: no signal reaches a model that runs in its caller's own thread."""
+        if arg:
+            if struct.unpack("<I", caller.memory.read(arg, 4))[0] != 8:
+                raise Errno(errno.EINVAL)
+            caller.memory.read(arg + 4, 8)
+        return 0
+
+    def _get_mp_state(self, arg: int, caller: Caller) -> int:
+        caller.memory.write(arg, struct.pack("<I", self._mp_state))
+        return 0
+
+    def _set_mp_state(self, arg: int, caller: Caller) -> int:
+        state = struct.unpack("<I", caller.memory.read(arg, 4))[0]
+        if state != kvm.KVM_MP_STATE_RUNNABLE:  # the others need an in-kernel APIC
+            raise Errno(errno.EINVAL)
+        return 0
+
+    def _get_tsc_khz(self, arg: int, caller: Caller) -> int:
+        return TSC_KHZ
+
+    # ---- CPUID and MSRs
+    def _set_cpuid2(self, arg: int, caller: Caller) -> int:
+        count = struct.unpack("<I", caller.memory.read(arg, 4))[0]
+        if count > _MAX_CPUID_ENTRIES:
+            raise Errno(errno.E2BIG)
+        data = caller.memory.read(arg + 8, count * _CPUID_ENTRY.size) if count else b""
+        self._cpu.cpuid = Table([Leaf(*row) for row in _CPUID_ENTRY.iter_unpack(data)])
+        self.update_encryption()
+        return 0
+
+    def _get_cpuid2(self, arg: int, caller: Caller) -> int:
+        room = struct.unpack("<I", caller.memory.read(arg, 4))[0]
+        rows = self._cpu.cpuid.rows
+        if room < len(rows):
+            caller.memory.write(arg, struct.pack("<I", len(rows)))
+            raise Errno(errno.E2BIG)
+        caller.memory.write(arg, struct.pack("<II", len(rows), 0) + b"".join(_CPUID_ENTRY.pack(*row) for row in rows))
+        return 0
+
+    def update_encryption(self) -> None:
+        """The guest became a SEV guest, or its CPUID changed: the C-bit counts only where the guest is encrypted."""
+        active = self._vcpu.vm.sev.active
+        self._cpu.mmu.c_mask = 1 << C_BIT if active else 0
+        self._cpu.msrs.sev_status = 1 if active and self._cpu.cpuid.has(SEV_LEAF) else 0
+        self._cpu.mmu.generation = -1
+
+    def _msr_entries(self, arg: int, caller: Caller) -> list[tuple[int, int, int]]:
+        count = struct.unpack("<I", caller.memory.read(arg, 4))[0]
+        if count > _MAX_MSRS:
+            raise Errno(errno.E2BIG)
+        data = caller.memory.read(arg + 8, count * _MSR_ENTRY.size) if count else b""
+        return list(_MSR_ENTRY.iter_unpack(data))
+
+    def _get_msrs(self, arg: int, caller: Caller) -> int:
+        done = b""
+        for number, reserved, _ in self._msr_entries(arg, caller):
+            try:
+                done += _MSR_ENTRY.pack(number, reserved, self._cpu.msrs.read(number))
+            except NoSuchMsr:
+                break
+        if done:
+            caller.memory.write(arg + 8, done)
+        return len(done) // _MSR_ENTRY.size
+
+    def _set_msrs(self, arg: int, caller: Caller) -> int:
+        done = 0
+        for number, _, value in self._msr_entries(arg, caller):
+            try:
+                self._cpu.changed |= self._cpu.msrs.write(number, value, host=True)
+            except NoSuchMsr:
+                break
+            done += 1
+        return done
+
+    # ---- KVM_TRANSLATE
+    def _translate(self, arg: int, caller: Caller) -> int:
+        va = struct.unpack("<Q16x", caller.memory.read(arg, 24))[0]
+        vm = self._vcpu.vm
+        with vm.paused():
+            vm.physical.enter()
+            try:
+                gfn, _, _ = self._cpu.mmu.translate(va & -PAGE, write=False, fetch=False, user=False)
+                found = (gfn * PAGE | va & (PAGE - 1), 1)
+            except (Fault, Refused, UnsupportedMode):
+                found = (0xFFFFFFFFFFFFFFFF, 0)
+            finally:
+                vm.physical.leave()
+        caller.memory.write(arg, struct.pack("<QQBBB5x", va, found[0], found[1], 1, 0))
+        return 0
