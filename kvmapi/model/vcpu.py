@@ -11,6 +11,7 @@ import mmap
 import struct
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import ioctls, kvm
@@ -19,6 +20,7 @@ from kvmapi.model.cpu import events, fpu, layout, sregs
 from kvmapi.model.cpu.cpu import KICKED, Cpu
 from kvmapi.model.files import File
 from kvmapi.model.lock import SLICE
+from kvmapi.model.prefault import pre_fault
 from kvmapi.model.runpage import IMMEDIATE_EXIT, REQUEST_WINDOW, RunPage
 from kvmapi.model.vcpu_state import REGS, VcpuState
 
@@ -54,6 +56,7 @@ class VcpuFile(File):
         self.cpu.changed = True
         self.handlers = {
             ioctls.KVM_RUN: self._run,
+            ioctls.KVM_PRE_FAULT_MEMORY: self._locked(partial(pre_fault, self)),
             **{number: self._locked(method) for number, method in self.state.handlers().items()},
         }
 

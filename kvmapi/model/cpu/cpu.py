@@ -145,13 +145,14 @@ class Cpu:
 
     def step_native(self) -> int:
         """Exactly one instruction (or one repetition), with the blob as the state before and after; a UC_ERR_* number
-        for `after_step`. Slow, and nothing may be translated already: for MMIO, single steps and the like.
+        for `after_step`. Slow: for MMIO, single steps and the like.
         """
         self.mmu.fault, self._event = None, -1
-        self.native.restore()
-        self.changed = False
-        error = self.native.start(self.registers.rip, 1)
-        self.native.save()
+        with self.code.suspended():
+            self.native.restore()
+            self.changed = False
+            error = self.native.start(self.registers.rip, 1)
+            self.native.save()
         return error
 
     def after_step(self, error: int) -> int | None:
@@ -207,7 +208,6 @@ class Cpu:
         if site is not None:
             self.changed = True
             return self.privileged.execute(site)
-        self.code.flush()
         return self.after_step(self.step_native())
 
     # ---- refused accesses

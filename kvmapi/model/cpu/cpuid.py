@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kvmapi.model.cpu import fpu
+
 INDEXED = 1  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 
 
@@ -29,8 +31,8 @@ def _text(text: str) -> tuple[int, ...]:
 
 _VENDOR = _text("AuthenticAMD")
 _BRAND = _text("sevmm software model CPU".ljust(48, "\0"))
-# leaf 1: SSE3 PCLMULQDQ SSSE3 CX16 SSE4.1 SSE4.2 x2APIC MOVBE POPCNT AES RDRAND, hypervisor
-_1_ECX = 1 << 0 | 1 << 1 | 1 << 9 | 1 << 13 | 1 << 19 | 1 << 20 | 1 << 22 | 1 << 23 | 1 << 25 | 1 << 30 | 1 << 31
+# leaf 1: SSE3 PCLMULQDQ SSSE3 CX16 SSE4.1 SSE4.2 x2APIC MOVBE POPCNT AES XSAVE RDRAND, hypervisor
+_1_ECX = 1 << 0 | 1 << 1 | 1 << 9 | 1 << 13 | 1 << 19 | 1 << 20 | 1 << 22 | 1 << 23 | 1 << 25 | 1 << 26 | 1 << 30 | 1 << 31
 # FPU VME DE PSE TSC MSR PAE MCE CX8 APIC SEP MTRR PGE MCA CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2
 _1_EDX = 0x0F8BFBFF & ~(1 << 18 | 1 << 20) | 1 << 24 | 1 << 25 | 1 << 26
 _7_EBX = 1 << 0 | 1 << 3 | 1 << 7 | 1 << 8 | 1 << 19 | 1 << 20  # FSGSBASE BMI1 SMEP BMI2 ADX SMAP
@@ -40,6 +42,8 @@ KVM_LEAF, KVM_FEATURES = 0x40000000, 0x40000001
 SEV_LEAF = 0x8000001F
 FAMILY_MODEL = 0x00800F12  # an EPYC of the first generation
 MAX_PHYS_BITS = 48
+OSXSAVE = 1 << 27  # leaf 1 ECX: follows CR4.OSXSAVE while the guest runs
+_XSAVE_BYTES = fpu.FXSAVE_SIZE + 64  # legacy area and header: the model has no component beyond x87 and SSE
 
 
 def supported(sev_eax: int, c_bit: int, asids: int, min_sev_asid: int) -> list[Leaf]:
@@ -50,7 +54,8 @@ def supported(sev_eax: int, c_bit: int, asids: int, min_sev_asid: int) -> list[L
         Leaf(0, 0, 0, 0xD, _VENDOR[0], _VENDOR[2], _VENDOR[1]),
         Leaf(1, 0, 0, FAMILY_MODEL, 0x00000800, _1_ECX, _1_EDX),
         Leaf(7, 0, INDEXED, 0, _7_EBX, 0, 0),
-        Leaf(0xD, 0, INDEXED, 0, 0, 0, 0),
+        Leaf(0xD, 0, INDEXED, fpu.SUPPORTED, _XSAVE_BYTES, _XSAVE_BYTES, 0),
+        Leaf(0xD, 1, INDEXED, 0, 0, 0, 0),
         Leaf(KVM_LEAF, 0, 0, KVM_FEATURES, *_text("KVMKVMKVM\0\0\0")),
         Leaf(KVM_FEATURES, 0, 0, 0, 0, 0, 0),
         Leaf(0x80000000, 0, 0, SEV_LEAF, _VENDOR[0], _VENDOR[2], _VENDOR[1]),

@@ -120,7 +120,7 @@ class GuestDebug:
             found = self.at_breakpoint(cpu.registers.linear_rip)
             if found is not None:
                 return found
-        site = self._sensitive()
+        site = self.sensitive()
         if site is not None:
             result = cpu.privileged.execute(site)
             if result is None:
@@ -128,7 +128,6 @@ class GuestDebug:
             self._completing = True
             return result
         self._hit = 0
-        cpu.code.flush()
         hook = cpu.native.hook_memory(self._accessed) if self._data else None
         try:
             error = cpu.step_native()
@@ -147,7 +146,7 @@ class GuestDebug:
             return self._exit(DB_VECTOR, _DR6_ACTIVE_LOW | _DR6_BS)
         return None
 
-    def _sensitive(self) -> scan.Site | None:
+    def sensitive(self) -> scan.Site | None:
         """The instruction at RIP if it is one that the engine must not execute."""
         cpu = self._cpu
         try:

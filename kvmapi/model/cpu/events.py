@@ -94,6 +94,14 @@ class Events:
         self._cpu.registers.u32[layout.HFLAGS >> 2] = flags | (layout.HF_KEEP if on else 0)
         self._cpu.changed = True
 
+    def _in_shadow(self) -> bool:
+        return bool(self._cpu.registers.u64[layout.EFLAGS >> 3] & _IF and self._shadow())
+
+    def leave_shadow(self) -> None:
+        """An instruction was executed: the shadow of the one before is over."""
+        if self._shadow():
+            self._set_shadow(False)
+
     def takes_interrupts(self) -> bool:
         """IF is set, no instruction's shadow, nothing waiting."""
         open_ = self._cpu.registers.u64[layout.EFLAGS >> 3] & _IF and not self._shadow()
@@ -116,6 +124,11 @@ class Events:
             result = cpu.raise_in_guest(vector, None, external=not self._soft, software=self._soft)
         if result is not None:
             return result
+        if self.window_wanted and self._in_shadow() and cpu.debug.sensitive() is None:
+            result = cpu.after_step(cpu.step_native())  # the instruction after STI runs before the window opens
+            self.leave_shadow()
+            if result is not None:
+                return result
         if self.window_wanted and self.takes_interrupts():
             return cpu.page.head(kvm.KVM_EXIT_IRQ_WINDOW_OPEN)
         self._watch(self.window_wanted or self.nmi_masked)
@@ -132,7 +145,6 @@ class Events:
         """STI, POPF, IRET or SYSRET is next, and someone waits for what it may do: execute it alone."""
         cpu = self._cpu
         was_iret = site.kind == "iret"
-        cpu.code.flush()
         before = cpu.registers.rip
         result = cpu.after_step(cpu.step_native())
         if result is None and was_iret and cpu.registers.rip != before:

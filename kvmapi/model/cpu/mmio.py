@@ -52,14 +52,13 @@ class Mmio:
             scratch[offset : offset + len(data)] = data
         self._missing, self._stores = None, []
         cpu.mmu.scratch_gpa = self.gpa
-        cpu.code.flush()  # neither hooks nor the count reach blocks that are already translated
         hook, callback = cpu.native.hook_memory(self._access)
         try:
             cpu.step_native()
         finally:
             cpu.native.unhook(hook)
             cpu.mmu.scratch_gpa = -1
-            cpu.code.flush()
+            cpu.native.flush_tlb()
         del callback
         fault = cpu.mmu.fault
         if self._missing is not None or fault is not None:

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 
 from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE
+from kvmapi.model.cpu.cpuid import OSXSAVE
 from kvmapi.model.cpu.mmu import Fault, UnsupportedMode
 from kvmapi.model.cpu.msrs import NoSuchMsr
 from kvmapi.model.cpu.scan import Site
 from kvmapi.model.cpu.state import ES
 from kvmapi.model.mem.physical import Refused
+from kvmapi.model.msr_filter import MsrFilter
 from kvmapi.model.runpage import PIO_OFFSET
 
 if TYPE_CHECKING:
@@ -29,15 +31,23 @@ _GP = 13
 _U64 = 0xFFFFFFFFFFFFFFFF
 _PIO_BUFFER = 1024  # bytes of string input KVM asks for at once
 _ENOSYS = 1000  # KVM_ENOSYS
+_CR4_OSXSAVE = 1 << 18
 _IOPL_SHIFT, _DF, _IF = 12, 1 << 10, 1 << 9
 
 
 @dataclass(slots=True)
 class ExitPolicy:
-    """What user space asked to see, per VM: KVM_CAP_EXIT_HYPERCALL's mask and KVM_CAP_X86_USER_SPACE_MSR's reasons."""
+    """What user space asked to see, per VM: KVM_CAP_EXIT_HYPERCALL's mask, KVM_CAP_X86_USER_SPACE_MSR's reasons, and
+    the MSRs that the guest must not touch itself.
+    """
 
     hypercalls: int = 0
     msr_reasons: int = 0
+    msr_filter: MsrFilter | None = None
+
+
+def _reason(why: NoSuchMsr) -> int:
+    return kvm.KVM_MSR_EXIT_REASON_INVAL if why.known else kvm.KVM_MSR_EXIT_REASON_UNKNOWN
 
 
 class Privileged:
@@ -76,6 +86,7 @@ class Privileged:
             self._skip = (0, 0)
             if self._registers.rip == rip:
                 self._registers.rip = rip + length & _U64
+                self._cpu.events.leave_shadow()
         pending, self.pending = self.pending, None
         return pending() if pending is not None else None
 
@@ -83,6 +94,7 @@ class Privileged:
         registers = self._registers
         mask = _U64 if registers.long_mode else 0xFFFFFFFF
         registers.rip = registers.rip + length & mask
+        self._cpu.events.leave_shadow()
 
     def _no_privilege(self) -> int | None:
         return self._cpu.raise_in_guest(_GP, 0)
@@ -219,7 +231,10 @@ class Privileged:
 
     def _cpuid(self, site: Site) -> None:
         registers = self._registers
-        eax, ebx, ecx, edx = self._cpu.cpuid.read(registers.gpr(RAX) & 0xFFFFFFFF, registers.gpr(RCX) & 0xFFFFFFFF)
+        leaf = registers.gpr(RAX) & 0xFFFFFFFF
+        eax, ebx, ecx, edx = self._cpu.cpuid.read(leaf, registers.gpr(RCX) & 0xFFFFFFFF)
+        if leaf == 1:
+            ecx = ecx & ~OSXSAVE | (OSXSAVE if registers.cr(4) & _CR4_OSXSAVE else 0)
         for number, value in ((RAX, eax), (RBX, ebx), (RCX, ecx), (RDX, edx)):
             self._set_gpr(number, value)
         self._advance(site.length)
@@ -228,10 +243,12 @@ class Privileged:
         if self._registers.cpl:
             return self._no_privilege()
         number = self._registers.gpr(RCX) & 0xFFFFFFFF
+        if self._policy.msr_filter is not None and not self._policy.msr_filter.allows(number, kvm.KVM_MSR_FILTER_READ):
+            return self._msr_to_user(site, kvm.KVM_EXIT_X86_RDMSR, number, 0, kvm.KVM_MSR_EXIT_REASON_FILTER)
         try:
             value = self._cpu.msrs.read(number)
         except NoSuchMsr as why:
-            return self._msr_to_user(site, kvm.KVM_EXIT_X86_RDMSR, number, 0, why)
+            return self._msr_to_user(site, kvm.KVM_EXIT_X86_RDMSR, number, 0, _reason(why))
         self._rdmsr_result(value, site.length)
         return None
 
@@ -246,15 +263,16 @@ class Privileged:
         registers = self._registers
         number = registers.gpr(RCX) & 0xFFFFFFFF
         value = registers.gpr(RAX) & 0xFFFFFFFF | (registers.gpr(RDX) & 0xFFFFFFFF) << 32
+        if self._policy.msr_filter is not None and not self._policy.msr_filter.allows(number, kvm.KVM_MSR_FILTER_WRITE):
+            return self._msr_to_user(site, kvm.KVM_EXIT_X86_WRMSR, number, value, kvm.KVM_MSR_EXIT_REASON_FILTER)
         try:
             self._cpu.changed |= self._cpu.msrs.write(number, value)
         except NoSuchMsr as why:
-            return self._msr_to_user(site, kvm.KVM_EXIT_X86_WRMSR, number, value, why)
+            return self._msr_to_user(site, kvm.KVM_EXIT_X86_WRMSR, number, value, _reason(why))
         self._advance(site.length)
         return None
 
-    def _msr_to_user(self, site: Site, exit_reason: int, number: int, value: int, why: NoSuchMsr) -> int | None:
-        reason = kvm.KVM_MSR_EXIT_REASON_INVAL if why.known else kvm.KVM_MSR_EXIT_REASON_UNKNOWN
+    def _msr_to_user(self, site: Site, exit_reason: int, number: int, value: int, reason: int) -> int | None:
         if not self._policy.msr_reasons & reason:
             return self._no_privilege()
         self._site = site

@@ -25,7 +25,7 @@ SIZE = 312
 BITMAP_AT = 280  # interrupt_bitmap; struct kvm_sregs2 has its flags and PDPTRs there
 _CR0_PE, _CR0_PG, _CR0_NW, _CR0_CD = 1, 1 << 31, 1 << 29, 1 << 30
 _CR4_PAE = 1 << 5
-_CR4_VALID = 0x3 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 16 | 1 << 20 | 1 << 21
+_CR4_VALID = 0x3 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 16 | 1 << 18 | 1 << 20 | 1 << 21
 _EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
 
 
