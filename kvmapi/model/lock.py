@@ -10,16 +10,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+
+from kvmapi.model.signals import KickFlag
 
 SLICE = 0.002  # seconds a vCPU may run while another waits
 _RETRY = 0.01  # a kick that came between two starts is repeated
-
-
-class KickFlag(Protocol):
-    """Element 0, once set, makes a vCPU leave the engine at its next block."""
-
-    def __setitem__(self, index: int, value: int, /) -> None: ...
 
 
 class EngineLock:

@@ -22,6 +22,7 @@ from kvmapi.model.files import File
 from kvmapi.model.lock import SLICE
 from kvmapi.model.prefault import pre_fault
 from kvmapi.model.runpage import IMMEDIATE_EXIT, REQUEST_WINDOW, RunPage
+from kvmapi.model.signals import WATCHER, Inside
 from kvmapi.model.vcpu_state import REGS, VcpuState
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class VcpuFile(File):
     """One vCPU. Its mutex is held during every ioctl on it, KVM_RUN included, as in the kernel."""
 
     kind = "kvm-vcpu"
+    belongs_to_mm = True
 
     def __init__(self, vm: VmFile, index: int) -> None:
         super().__init__()
@@ -47,6 +49,8 @@ class VcpuFile(File):
         self.page = RunPage()
         self.cpu = Cpu(vm.physical, self.page, index, vm.exits)
         self.mutex = threading.Lock()
+        self.inside = Inside(self.cpu.kick)
+        WATCHER.add(self.inside)
         self._turn = -1
         self._dead = self._gone = False
         self.state = VcpuState(self)
@@ -96,14 +100,17 @@ class VcpuFile(File):
 
     def _tear_down(self) -> None:
         self.handlers = {}
+        WATCHER.remove(self.inside)
         self.cpu.destroy()
         self.page.destroy()
         self.vm.release()
 
     # ---- KVM_RUN
     def runner(self, caller: Caller) -> Callable[[], int]:
-        """KVM_RUN as a function of nothing: the result, or -errno."""
-        run = self._run
+        """KVM_RUN as a function of nothing: the result, or -errno. It does not watch for signals, which costs two
+        system calls a run: who uses it stops the vCPU by immediate_exit, which the model notices at the next block.
+        """
+        run = self._run_unwatched
 
         def call() -> int:
             try:
@@ -116,6 +123,20 @@ class VcpuFile(File):
     def _run(self, arg: int, caller: Caller) -> int:
         if arg:
             raise Errno(errno.EINVAL)
+        try:
+            with self.mutex:
+                if self._dead:
+                    raise Errno(errno.EBADF)
+                self.inside.enter()
+                try:
+                    return self._run_locked()
+                finally:
+                    self.inside.leave()
+        finally:
+            if self._dead:
+                self._reap()
+
+    def _run_unwatched(self, arg: int, caller: Caller) -> int:
         try:
             with self.mutex:
                 if self._dead:
@@ -142,7 +163,7 @@ class VcpuFile(File):
             try:
                 result, entering = cpu.privileged.complete(), True
                 while result is None or result == KICKED:
-                    if self.page.memory[IMMEDIATE_EXIT]:
+                    if self.page.memory[IMMEDIATE_EXIT] or self.inside.interrupted:
                         if result == KICKED:
                             self.page.head(kvm.KVM_EXIT_INTR)
                         return -errno.EINTR

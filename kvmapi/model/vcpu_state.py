@@ -255,11 +255,13 @@ class VcpuState:
         return 0
 
     def _set_signal_mask(self, arg: int, caller: Caller) -> int:
-        """The mask is checked and has no effect: no signal reaches a model that runs in its caller's own thread."""
+        """Which signals do not interrupt KVM_RUN; a NULL argument: those the thread blocks."""
+        mask = None
         if arg:
             if struct.unpack("<I", caller.memory.read(arg, 4))[0] != 8:
                 raise Errno(errno.EINVAL)
-            caller.memory.read(arg + 4, 8)
+            mask = int.from_bytes(caller.memory.read(arg + 4, 8), "little")
+        self._vcpu.inside.mask = mask
         return 0
 
     def _get_mp_state(self, arg: int, caller: Caller) -> int:

@@ -11,7 +11,7 @@ import sys
 
 from benchlib.entry import ENTRIES, progress
 
-MODULES = ("exits", "model", "process", "gpamap")
+MODULES = ("exits", "model", "process", "gpamap", "cheap")
 
 
 def main() -> int:
