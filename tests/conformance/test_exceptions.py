@@ -35,7 +35,7 @@ CASES = [
 
 
 LACKS = {
-    "model": {"wrong CR4", "wrong CR0"},  # the engine executes MOV CR by itself, unchecked
+    "model": set[str](),
     "paravirtual": {"int3", "int 0x14", "missing gate"},  # INT n: INTERNAL_ERROR; #NP while delivering: #DF
 }
 

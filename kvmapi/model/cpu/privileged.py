@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE
+from kvmapi.model.cpu import control, sregs
 from kvmapi.model.cpu.cpuid import OSXSAVE
 from kvmapi.model.cpu.mmu import Fault, UnsupportedMode
 from kvmapi.model.cpu.msrs import NoSuchMsr
@@ -72,6 +73,8 @@ class Privileged:
             "rdmsr": self._rdmsr,
             "wrmsr": self._wrmsr,
             "cpuid": self._cpuid,
+            "mov_to_cr": self._mov_to_cr,
+            "mov_from_cr": self._mov_from_cr8,
             **dict.fromkeys(("sti", "popf", "iret", "sysret"), self._flags_instruction),
         }
 
@@ -218,6 +221,24 @@ class Privileged:
             return self._no_privilege()
         self._advance(site.length)
         return self._page.head(kvm.KVM_EXIT_HLT)
+
+    # ---- control registers
+    def _mov_to_cr(self, site: Site) -> int | None:
+        registers = self._registers
+        value = registers.gpr(site.register)
+        if not registers.long_mode:
+            value &= 0xFFFFFFFF
+        if registers.cpl or not control.write(self._cpu, site.control, value, sregs.CR4_VALID):
+            return self._no_privilege()
+        self._advance(site.length)
+        return None
+
+    def _mov_from_cr8(self, site: Site) -> int | None:
+        if self._registers.cpl:
+            return self._no_privilege()
+        self._set_gpr(site.register, self._cpu.cr8)
+        self._advance(site.length)
+        return None
 
     # ---- CPUID and MSRs
     def _set_gpr(self, number: int, value: int) -> None:

@@ -7,8 +7,8 @@ middle of another instruction is never reached as a start, so its hook never fir
 the instruction that is really executed; every possible start gets an entry of its own, with the prefixes seen from
 there.
 
-Found here: IN OUT INS OUTS HLT RDMSR WRMSR CPUID, with any legacy or REX prefix. VMCALL, VMMCALL and other invalid
-opcodes stop the engine by themselves.
+Found here: IN OUT INS OUTS HLT RDMSR WRMSR CPUID, MOV to CR0, CR4 and CR8 and from CR8, with any legacy or REX
+prefix. VMCALL, VMMCALL and other invalid opcodes stop the engine by themselves.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import re
 from dataclasses import dataclass
 
 MAX_LENGTH = 15
-_SENSITIVE = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4]|\x0f[\x30\x32\xa2]", re.DOTALL)
-_OR_FLAGS = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xfb\x9d\xcf]|\x0f[\x30\x32\xa2\x07]", re.DOTALL)
+_SENSITIVE = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4]|\x0f[\x20\x22\x30\x32\xa2]", re.DOTALL)
+_OR_FLAGS = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xfb\x9d\xcf]|\x0f[\x20\x22\x30\x32\xa2\x07]", re.DOTALL)
 _FLAGS = {0xFB: "sti", 0x9D: "popf", 0xCF: "iret"}
 _LEGACY = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 _REX = frozenset(range(0x40, 0x50))
@@ -32,13 +32,15 @@ class Site:
     source.
     """
 
-    kind: str  # in out ins outs hlt rdmsr wrmsr cpuid
+    kind: str  # in out ins outs hlt rdmsr wrmsr cpuid mov_to_cr mov_from_cr; sti popf iret sysret
     length: int
     size: int = 4
     port: int | None = None
     repeat: bool = False
     address_size: int = 8
     segment: int = DS
+    control: int = 0  # number of the control register
+    register: int = 0  # and of the general one
 
 
 def find(code: bytes | bytearray, usable: int, bits: int, flags: bool = False) -> dict[int, Site]:
@@ -82,6 +84,8 @@ def decode(code: bytes | bytearray, start: int, opcode_at: int, bits: int) -> Si
     address_size = narrow_address if narrow else wide_address
     if opcode == 0xF4:
         return Site("hlt", length)
+    if opcode == 0x0F and code[opcode_at + 1] in (0x20, 0x22):
+        return _control_register(code, start, opcode_at, length, bits)
     if opcode == 0x0F:
         return Site({0x30: "wrmsr", 0x32: "rdmsr", 0xA2: "cpuid", 0x07: "sysret"}[code[opcode_at + 1]], length + 1)
     if opcode in _FLAGS:
@@ -95,3 +99,18 @@ def decode(code: bytes | bytearray, start: int, opcode_at: int, bits: int) -> Si
     if opcode_at + 1 >= len(code):
         return None
     return Site(kind, length + 1, size, code[opcode_at + 1])
+
+
+def _control_register(code: bytes | bytearray, start: int, opcode_at: int, length: int, bits: int) -> Site | None:
+    """MOV to CR0, CR4 or CR8, or from CR8. The others are the engine's."""
+    if opcode_at + 2 >= len(code):
+        return None
+    modrm = code[opcode_at + 2]
+    rex = code[opcode_at - 1] if bits == 64 and opcode_at > start and code[opcode_at - 1] in _REX else 0
+    control = modrm >> 3 & 7 | (rex & 4) << 1
+    register = modrm & 7 | (rex & 1) << 3
+    if code[opcode_at + 1] == 0x22:
+        kind, wanted = "mov_to_cr", control in (0, 4, 8)
+    else:
+        kind, wanted = "mov_from_cr", control == 8
+    return Site(kind, length + 2, control=control, register=register) if wanted else None

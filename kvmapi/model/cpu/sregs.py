@@ -25,7 +25,7 @@ SIZE = 312
 BITMAP_AT = 280  # interrupt_bitmap; struct kvm_sregs2 has its flags and PDPTRs there
 _CR0_PE, _CR0_PG, _CR0_NW, _CR0_CD = 1, 1 << 31, 1 << 29, 1 << 30
 _CR4_PAE = 1 << 5
-_CR4_VALID = 0x3 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 16 | 1 << 18 | 1 << 20 | 1 << 21
+CR4_VALID = 0x3 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 16 | 1 << 18 | 1 << 20 | 1 << 21
 _EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
 
 
@@ -35,7 +35,7 @@ def reset(cpu: Cpu) -> None:
     cpu.native.save()
     for number in range(16):
         registers.set_gpr(number, 0)
-    registers.set_gpr(2, 0x800F12)  # EDX holds the processor's signature
+    registers.set_gpr(2, 0x600)  # EDX holds the signature of a processor without CPUID: it is set later
     registers.rip = 0xFFF0
     registers.set_flags(2)
     for number in (ES, SS, DS, FS, GS):
@@ -120,7 +120,7 @@ def _unpack_segment(row: tuple[int, ...]) -> Segment:
 
 def _valid(cr0: int, cr3: int, cr4: int, cr8: int, efer: int, code_l: bool, c_mask: int) -> bool:
     # EFER's reserved bits and CS.L with CS.D are not KVM's business here: the processor refuses them at entry.
-    if cr4 & ~_CR4_VALID or cr8 >> 4:
+    if cr4 & ~CR4_VALID or cr8 >> 4:
         return False
     if cr0 >> 32 or (cr0 & _CR0_PG and not cr0 & _CR0_PE) or (cr0 & _CR0_NW and not cr0 & _CR0_CD):
         return False
