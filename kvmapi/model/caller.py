@@ -18,6 +18,7 @@ import os
 import resource
 import threading
 from typing import Protocol
+from weakref import WeakSet
 
 from kvmapi.model.files import File
 
@@ -81,12 +82,28 @@ def _can_populate() -> bool:
     return bool(_madvise(ctypes.addressof(ctypes.c_char.from_buffer(page)), PAGE, _MADV_POPULATE_WRITE) == 0)
 
 
+_own: WeakSet[OwnMemory] = WeakSet()
+
+
+def _forked() -> None:
+    for memory in list(_own):
+        memory.forked()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 class OwnMemory:
     """The caller is this process."""
 
     def __init__(self) -> None:
         self._pid = os.getpid()
         self._iovec = _Iovec()
+        _own.add(self)
+
+    def forked(self) -> None:
+        """The process is another one now: a child."""
+        self._pid = os.getpid()
 
     def _copy(self, function: object, local: int, address: int, size: int) -> int:
         iovec = self._iovec

@@ -2,14 +2,22 @@
 
 A file is released when its last fd is closed *and* no other file needs it: a VM outlives its fd while a vCPU or a
 guest_memfd of it is open, as in the kernel, where each of those holds a reference.
+
+VMs and vCPUs belong to the process (the mm) that made them: after a fork, the child gets EIO from each of their ioctls,
+and closing its copies of the fds takes nothing from the parent.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+from kvmapi.model.placeholder import empty
 
 if TYPE_CHECKING:
     from kvmapi.model.caller import Caller
@@ -17,15 +25,32 @@ if TYPE_CHECKING:
 Handler = Callable[[int, "Caller"], int]
 
 
+class _NotYours(dict[int, Handler]):
+    """Whatever is asked: EIO."""
+
+    def get(self, request: int, default: object = None) -> Handler:
+        return lambda arg, caller: -errno.EIO
+
+
 class File:
     """Base of the model's files. `handlers` maps a request number to a bound method (argument, caller) -> result."""
 
     kind = "file"
+    belongs_to_mm = False
 
     def __init__(self) -> None:
         self._references = 1
+        self._lost = False  # we are a forked child of the process that this file lives in
         self._reference_lock = threading.Lock()
         self.handlers: dict[int, Handler] = {}
+        _alive.add(self)
+
+    def lose(self) -> None:
+        """In a child after fork: the file is the parent's."""
+        self._lost = True
+        self._reference_lock = threading.Lock()  # another thread of the parent may have held it
+        if self.belongs_to_mm:
+            self.handlers = _NotYours()
 
     def acquire(self) -> None:
         """One more holder."""
@@ -45,11 +70,17 @@ class File:
         with self._reference_lock:
             self._references -= 1
             last = self._references == 0
-        if last:
+        if last and not self._lost:
             self.destroy()
 
     def destroy(self) -> None:
         """Give everything back. Called once."""
+
+    def fd_closed(self) -> None:
+        """The caller's fd is gone, and its hold on the file with it."""
+        if not self._lost:
+            self.last_fd_closed()
+        self.release()
 
     def last_fd_closed(self) -> None:
         """The caller has no fd of this file any more (others may still hold it)."""
@@ -66,12 +97,23 @@ class File:
         """fallocate of the file."""
         raise OSError(19, "No such device")
 
-    def size(self) -> int:
-        """st_size."""
-        return 0
+    def placeholder(self) -> int:
+        """A real fd that stands for the file in the caller's table. Raises OSError."""
+        return empty(self.kind)
 
 
 class Foreign(File):
     """An open fd of the caller that is none of ours."""
 
     kind = "foreign"
+
+
+_alive: WeakSet[File] = WeakSet()
+
+
+def _forked() -> None:
+    for file in list(_alive):
+        file.lose()
+
+
+os.register_at_fork(after_in_child=_forked)

@@ -1,8 +1,7 @@
 """ModelHost: the system-call seam answered by the model, for callers in this process.
 
-Each fd it hands out is a real one, a placeholder memfd without content: it cannot collide with other fds, it can be
-passed where an fd number is expected, and a number that the caller closed and reused is noticed by its inode. A
-guest_memfd's placeholder has the file's size, so that fstat tells the truth; its memory is elsewhere.
+Each fd it hands out is a real one, a placeholder without content (placeholder.py): it cannot collide with other fds, it
+can be passed where an fd number is expected, and a number that the caller closed and reused is noticed by its inode.
 """
 
 from __future__ import annotations
@@ -57,8 +56,7 @@ class ModelHost:
         entry = self._files.pop(fd, None)
         os.close(fd)
         if entry is not None:
-            entry[0].last_fd_closed()
-            entry[0].release()
+            entry[0].fd_closed()
 
     def ioctl(self, fd: int, request: int, arg: int = 0) -> int:
         """The result, or -errno. Never raises."""
@@ -83,6 +81,8 @@ class ModelHost:
             return handler(arg, self)
         except Errno as failure:
             return -failure.number
+        except OSError as failure:  # the process is out of fds (EMFILE) or memory, as the kernel would be
+            return -(failure.errno or errno.EIO)
         except MemoryError:
             return -errno.ENOMEM
 
@@ -139,11 +139,10 @@ class ModelHost:
     def install(self, file: File) -> int:
         """A new fd for `file`; the fd is its first holder."""
         try:
-            fd = os.memfd_create(f"sevmm:{file.kind}", os.MFD_CLOEXEC)
+            fd = file.placeholder()
         except OSError as failure:
             file.release()
             raise Errno(failure.errno or errno.EMFILE) from None
-        os.ftruncate(fd, file.size())
         self._files[fd] = (file, os.fstat(fd).st_ino)
         return fd
 

@@ -8,7 +8,7 @@ at the ioctl. Source: kvm-sev-uapi facts §3 (virt/kvm/kvm_main.c, __kvm_set_mem
 from __future__ import annotations
 
 import errno
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -36,13 +36,14 @@ class Slot:
     gmem: GuestMemfdFile | None = None
     gmem_page: int = 0
     dirty: bytearray | None = field(default=None, repr=False)  # one bit per page, while LOG_DIRTY_PAGES
+    backing_key: object = field(default_factory=object, repr=False)  # the same for as long as the memory is: over moves, too
 
     def hva_of(self, gfn: int) -> int:
         """Caller's address of the page `gfn`."""
         return self.hva + (gfn - self.gfn) * PAGE
 
     def backing(self) -> GuestMemfdFile | None:
-        """The guest_memfd while it lives: closing its fd unbinds the slot."""
+        """The guest_memfd while it lives: closing its fd, and what is mapped of it, unbinds the slot."""
         return self.gmem if self.gmem is not None and not self.gmem.closed else None
 
     @property
@@ -102,8 +103,8 @@ class Memslots:
 
     # ---- the checks, in the kernel's order
     def check(self, request: Request) -> tuple[Slot | None, Slot | None]:
-        """(old slot, new slot) of a valid request; (None, None) when nothing changes. Raises Errno. Binding comes
-        later.
+        """(old slot, new slot) of a valid request; (None, None) when nothing changes. Raises Errno. Binding, the
+        width of physical addresses and the dirty log come later.
         """
         allowed = _V1_FLAGS if self._readonly_allowed else kvm.KVM_MEM_LOG_DIRTY_PAGES
         if request.version == 1 and request.flags & ~_V1_FLAGS:
@@ -145,10 +146,6 @@ class Memslots:
         new = Slot(request.slot, request.flags, gfn, pages, request.hva)
         if old is not None:
             new = replace(old, flags=request.flags, gfn=gfn)
-        if not new.flags & kvm.KVM_MEM_LOG_DIRTY_PAGES:
-            new.dirty = None
-        elif new.dirty is None:
-            new.dirty = bytearray((pages + 63) // 64 * 8)
         return old, new
 
     def overlaps(self, gfn: int, pages: int, but: int) -> bool:
@@ -170,5 +167,5 @@ class Memslots:
         """Remove a slot if it is there."""
         old = self._by_id.pop(slot_id, None)
         if old is not None:
-            self._by_gfn.remove((old.gfn, slot_id))
+            del self._by_gfn[bisect_left(self._by_gfn, (old.gfn, slot_id))]
         self._last = None

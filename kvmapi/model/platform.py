@@ -11,7 +11,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import caps, kvm
-from kvmapi.model.cpu import cpuid
+from kvmapi.model.cpu import cpuid, fpu
+from kvmapi.model.dirty_log import ALL_OPTIONS
 from kvmapi.model.memslots import USER_SLOTS
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 MAX_VCPUS = 1024
 RECOMMENDED_VCPUS = 2
 C_BIT = 51
+GUEST_DEBUG_MASK = (
+    kvm.KVM_GUESTDBG_ENABLE | kvm.KVM_GUESTDBG_SINGLESTEP | kvm.KVM_GUESTDBG_USE_SW_BP | kvm.KVM_GUESTDBG_USE_HW_BP
+    | kvm.KVM_GUESTDBG_INJECT_DB | kvm.KVM_GUESTDBG_INJECT_BP | kvm.KVM_GUESTDBG_BLOCKIRQ
+)  # fmt: skip
 _SEV_EAX = 1 << 1  # CPUID 0x8000001F EAX: SEV
 _PRIVATE_TYPES = frozenset((kvm.KVM_X86_SW_PROTECTED_VM,))
 SEV_TYPES = frozenset((kvm.KVM_X86_SEV_VM,))
@@ -44,9 +49,27 @@ _FIXED = {
     caps.KVM_CAP_ENABLE_CAP_VM: 1,
     caps.KVM_CAP_EXIT_HYPERCALL: 1 << kvm.KVM_HC_MAP_GPA_RANGE,
     caps.KVM_CAP_X86_USER_SPACE_MSR: 1,
+    caps.KVM_CAP_X86_MSR_FILTER: 1,
+    caps.KVM_CAP_GET_MSR_FEATURES: 1,
+    caps.KVM_CAP_SYS_ATTRIBUTES: 1,
+    caps.KVM_CAP_MMU_SHADOW_CACHE_CONTROL: 1,
+    caps.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: ALL_OPTIONS,
+    caps.KVM_CAP_PRE_FAULT_MEMORY: 1,
     caps.KVM_CAP_MEMORY_FAULT_INFO: 1,
     caps.KVM_CAP_GUEST_MEMFD: 1,
     caps.KVM_CAP_INTERNAL_ERROR_DATA: 1,
+    caps.KVM_CAP_SYNC_REGS: kvm.KVM_SYNC_X86_REGS | kvm.KVM_SYNC_X86_SREGS | kvm.KVM_SYNC_X86_EVENTS,
+    caps.KVM_CAP_SREGS2: 1,
+    caps.KVM_CAP_VCPU_EVENTS: 1,
+    caps.KVM_CAP_USER_NMI: 1,
+    caps.KVM_CAP_DEBUGREGS: 1,
+    caps.KVM_CAP_SET_GUEST_DEBUG: 1,
+    caps.KVM_CAP_SET_GUEST_DEBUG2: GUEST_DEBUG_MASK,
+    caps.KVM_CAP_X86_ROBUST_SINGLESTEP: 1,
+    caps.KVM_CAP_XSAVE: 1,
+    caps.KVM_CAP_XSAVE2: fpu.XSAVE_SIZE,
+    caps.KVM_CAP_XCRS: 1,
+    caps.KVM_CAP_GET_TSC_KHZ: 1,
 }
 
 

@@ -15,7 +15,7 @@ from kvmapi.abi import kvm
 
 SIZE = 3 * mmap.PAGESIZE
 PIO_OFFSET = mmap.PAGESIZE
-REQUEST_WINDOW, IMMEDIATE_EXIT, EXIT_REASON, UNION = 0, 1, 8, 32
+REQUEST_WINDOW, IMMEDIATE_EXIT, EXIT_REASON, CR8, UNION = 0, 1, 8, 16, 32
 _AFTER = struct.Struct("<BBHQQ")  # from offset 12: ready_for_interrupt_injection, if_flag, flags, cr8, apic_base
 _AFTER_AT = 12
 _REASON = struct.Struct("<I")

@@ -7,6 +7,7 @@ import struct
 
 from kvmapi.abi import ioctls, kvm, sev
 from kvmapi.model.caller import Caller, Errno
+from kvmapi.model.cpu import fpu
 from kvmapi.model.cpu.msrs import INDEX_LIST
 from kvmapi.model.files import File
 from kvmapi.model.platform import Platform
@@ -15,6 +16,12 @@ from kvmapi.model.vm import VmFile
 
 _ENTRY = struct.Struct("<IIIIIII12x")  # kvm_cpuid_entry2
 _MAX_CPUID_ENTRIES = 256
+_MSR_ENTRY = struct.Struct("<IIQ")
+_MAX_MSRS = 256
+_XCOMP_GUEST_SUPP = 0  # attribute of group 0: the XCR0 bits a guest may have
+# Features that a CPU tells in MSRs: LFENCE serializes (DE_CFG), the microcode's number, no ARCH_CAPABILITIES and no
+# PERF_CAPABILITIES, CPUID faulting (PLATFORM_INFO). KVM's list on AMD.
+_FEATURE_MSRS = {0xC0011029: 2, 0x8B: 0x01000065, 0x10A: 0, 0x345: 0, 0xCE: 1 << 31}
 
 
 class KvmDevice(File):
@@ -31,7 +38,9 @@ class KvmDevice(File):
             ioctls.KVM_CHECK_EXTENSION: self._check_extension,
             ioctls.KVM_GET_VCPU_MMAP_SIZE: self._mmap_size,
             ioctls.KVM_GET_SUPPORTED_CPUID: self._supported_cpuid,
-            ioctls.KVM_GET_MSR_INDEX_LIST: self._msr_index_list,
+            ioctls.KVM_GET_MSR_INDEX_LIST: lambda arg, caller: _index_list(arg, caller, INDEX_LIST),
+            ioctls.KVM_GET_MSR_FEATURE_INDEX_LIST: lambda arg, caller: _index_list(arg, caller, tuple(_FEATURE_MSRS)),
+            ioctls.KVM_GET_MSRS: self._feature_msrs,
             ioctls.KVM_HAS_DEVICE_ATTR: self._has_attribute,
             ioctls.KVM_GET_DEVICE_ATTR: self._get_attribute,
         }
@@ -58,28 +67,35 @@ class KvmDevice(File):
         return caller.install(VmFile(self._platform, arg, caller))
 
     def _supported_cpuid(self, arg: int, caller: Caller) -> int:
-        room = struct.unpack("<I", caller.memory.read(arg, 4))[0]
+        room = struct.unpack("<I4x", caller.memory.read(arg, 8))[0]
         rows = self._platform.supported_cpuid()
-        if not room:
+        if min(room, _MAX_CPUID_ENTRIES) < len(rows):  # nent stays as it was
             raise Errno(errno.E2BIG)
-        if min(room, _MAX_CPUID_ENTRIES) < len(rows):
-            raise Errno(errno.E2BIG)
-        table = b"".join(_ENTRY.pack(*row) for row in rows)
-        caller.memory.write(arg, struct.pack("<II", len(rows), 0) + table)
+        caller.memory.write(arg + 8, b"".join(_ENTRY.pack(*row) for row in rows))
+        caller.memory.write(arg, struct.pack("<I", len(rows)))
         return 0
 
-    def _msr_index_list(self, arg: int, caller: Caller) -> int:
-        room = struct.unpack("<I", caller.memory.read(arg, 4))[0]
-        caller.memory.write(arg, struct.pack("<I", len(INDEX_LIST)))
-        if room < len(INDEX_LIST):
+    def _feature_msrs(self, arg: int, caller: Caller) -> int:
+        """KVM_GET_MSRS on /dev/kvm: how many entries were filled in before the first MSR that is unknown. What is no
+        feature but in the index list reads as 0, as KVM gives it for the sake of old user space.
+        """
+        count = struct.unpack("<I4x", caller.memory.read(arg, 8))[0]
+        if count >= _MAX_MSRS:
             raise Errno(errno.E2BIG)
-        caller.memory.write(arg + 4, struct.pack(f"<{len(INDEX_LIST)}I", *INDEX_LIST))
-        return 0
+        data = caller.memory.read(arg + 8, count * _MSR_ENTRY.size) if count else b""
+        rows = list(_MSR_ENTRY.iter_unpack(data))
+        known = next((at for at, row in enumerate(rows) if row[0] not in _FEATURE_MSRS and row[0] not in INDEX_LIST), count)
+        filled = [(number, pad, _FEATURE_MSRS.get(number, 0)) for number, pad, _ in rows[: known + 1]]  # the one that stops it reads 0
+        if filled:
+            caller.memory.write(arg + 8, b"".join(_MSR_ENTRY.pack(*row) for row in filled))
+        return known
 
-    # ---- device attributes of /dev/kvm: what SEV can be asked for
+    # ---- device attributes of /dev/kvm: what SEV and XSAVE can be asked for
     def _attribute(self, arg: int, caller: Caller) -> tuple[int, int]:
-        """(value, address for it)."""
-        _flags, group, attribute, address = struct.unpack("<IIQQ", caller.memory.read(arg, 24))
+        """(value, address for it). ENXIO for an unknown one; flags are not looked at."""
+        group, attribute, address = struct.unpack("<4xIQQ", caller.memory.read(arg, 24))
+        if group == 0 and attribute == _XCOMP_GUEST_SUPP:
+            return fpu.SUPPORTED, address
         if group != sev.KVM_X86_GRP_SEV or not self._platform.has_sev or attribute != sev.KVM_X86_SEV_VMSA_FEATURES:
             raise Errno(errno.ENXIO)
         return 0, address  # no VMSA feature is on offer without SEV-ES
@@ -92,3 +108,13 @@ class KvmDevice(File):
         value, address = self._attribute(arg, caller)
         caller.memory.write(address, struct.pack("<Q", value))
         return 0
+
+
+def _index_list(arg: int, caller: Caller, numbers: tuple[int, ...]) -> int:
+    """A kvm_msr_list: the count is written back even where the room is too small (E2BIG)."""
+    room = struct.unpack("<I", caller.memory.read(arg, 4))[0]
+    caller.memory.write(arg, struct.pack("<I", len(numbers)))
+    if room < len(numbers):
+        raise Errno(errno.E2BIG)
+    caller.memory.write(arg + 4, struct.pack(f"<{len(numbers)}I", *numbers))
+    return 0

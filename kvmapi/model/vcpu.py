@@ -21,7 +21,7 @@ from kvmapi.model.cpu.cpu import KICKED, Cpu
 from kvmapi.model.files import File
 from kvmapi.model.lock import SLICE
 from kvmapi.model.prefault import pre_fault
-from kvmapi.model.runpage import IMMEDIATE_EXIT, REQUEST_WINDOW, RunPage
+from kvmapi.model.runpage import CR8, IMMEDIATE_EXIT, REQUEST_WINDOW, RunPage
 from kvmapi.model.signals import WATCHER, Inside
 from kvmapi.model.vcpu_state import REGS, VcpuState
 
@@ -53,6 +53,7 @@ class VcpuFile(File):
         WATCHER.add(self.inside)
         self._turn = -1
         self._dead = self._gone = False
+        self.entered = False  # did the guest ever run? Then its CPUID stays
         self.state = VcpuState(self)
         vm.acquire()
         sregs.reset(self.cpu)
@@ -150,9 +151,11 @@ class VcpuFile(File):
         vm, cpu = self.vm, self.cpu
         if not vm.sev.may_run():
             raise Errno(errno.EINVAL)
-        valid, dirty = _SYNC.unpack_from(self.page.memory, _SYNC_AT)
-        if valid or dirty:
-            self._take_sync_regs(valid, dirty)
+        try:
+            valid = self._take_user_state()
+        except Errno:
+            self._after_run()
+            raise
         window = bool(self.page.memory[REQUEST_WINDOW])
         if window != cpu.events.window_wanted:
             cpu.events.window_wanted, cpu.attention = window, True
@@ -174,7 +177,9 @@ class VcpuFile(File):
                     # at every entry, but what it does to encrypted pages `enter` has noticed already.
                     if lock.turns != self._turn + 1 or (entering and not cpu.code.secret):
                         cpu.code.verify()
-                    entering = False
+                    if self.state.fpu.stale:
+                        self.state.fpu.drop_stale()
+                    entering, self.entered = False, True
                     result = cpu.go()
                     self._turn = lock.turns
                 return result
@@ -192,15 +197,32 @@ class VcpuFile(File):
         enabled = cpu.registers.u64[layout.EFLAGS >> 3] & _IF != 0
         self.page.after_run(enabled and cpu.events.takes_interrupts(), enabled, cpu.cr8)
 
+    def _take_user_state(self) -> int:
+        """What user space left in kvm_run for this entry; the registers it wants at the exit."""
+        valid, dirty = _SYNC.unpack_from(self.page.memory, _SYNC_AT)
+        if valid or dirty:
+            self._take_sync_regs(valid, dirty)
+        task_priority = self.page.read("<Q", CR8)  # without an in-kernel APIC, user space holds it
+        if task_priority >> 4:
+            raise Errno(errno.EINVAL)
+        self.cpu.cr8 = task_priority
+        return int(valid)
+
     def _take_sync_regs(self, valid: int, dirty: int) -> None:
+        """What is taken is no longer marked dirty; what is refused stays marked."""
         if (valid | dirty) & ~_SYNC_ALL:
             raise Errno(errno.EINVAL)
         memory, state = self.page.memory, self.state
         if dirty & kvm.KVM_SYNC_X86_REGS:
             state.unpack_regs(memory[_SYNC_REGS_AT:_SYNC_SREGS_AT])
-        if dirty & kvm.KVM_SYNC_X86_SREGS and not state.unpack_sregs(memory[_SYNC_SREGS_AT:_SYNC_EVENTS_AT]):
-            raise Errno(errno.EINVAL)
-        if dirty & kvm.KVM_SYNC_X86_EVENTS and not state.unpack_events(memory[_SYNC_EVENTS_AT : _SYNC_EVENTS_AT + events.SIZE]):
+            dirty &= ~kvm.KVM_SYNC_X86_REGS
+            _SYNC.pack_into(memory, _SYNC_AT, valid, dirty)
+        if dirty & kvm.KVM_SYNC_X86_SREGS:
+            if not state.unpack_sregs(memory[_SYNC_SREGS_AT:_SYNC_EVENTS_AT]):
+                raise Errno(errno.EINVAL)
+            dirty &= ~kvm.KVM_SYNC_X86_SREGS
+            _SYNC.pack_into(memory, _SYNC_AT, valid, dirty)
+        if dirty and not state.unpack_events(memory[_SYNC_EVENTS_AT : _SYNC_EVENTS_AT + events.SIZE]):
             raise Errno(errno.EINVAL)
         _SYNC.pack_into(memory, _SYNC_AT, valid, 0)
 

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 from kvmapi.abi import ioctls, kvm
 from kvmapi.model.caller import PAGE, Caller, Errno
-from kvmapi.model.cpu import events, fpu, layout, sregs
-from kvmapi.model.cpu.cpuid import SEV_LEAF, Leaf, Table
+from kvmapi.model.cpu import events, layout, sregs
+from kvmapi.model.cpu.cpuid import OSXSAVE, SEV_LEAF, Leaf, Table
 from kvmapi.model.cpu.mmu import Fault, UnsupportedMode
 from kvmapi.model.cpu.msrs import APIC_BASE, NoSuchMsr
 from kvmapi.model.mem.physical import Refused
 from kvmapi.model.platform import C_BIT
+from kvmapi.model.vcpu_fpu import FpuState
 
 if TYPE_CHECKING:
     from kvmapi.model.vcpu import VcpuFile
@@ -32,14 +33,16 @@ _MAX_MSRS = 256
 _MAX_CPUID_ENTRIES = 256
 _DEBUGREGS = struct.Struct("<7Q72x")  # db[4] dr6 dr7 flags
 _GUEST_DEBUG = struct.Struct("<I4x8Q")
-_XCRS_SIZE = 8 + 16 * 16 + 128
-_DEBUG_CONTROL = (
-    kvm.KVM_GUESTDBG_ENABLE | kvm.KVM_GUESTDBG_SINGLESTEP | kvm.KVM_GUESTDBG_USE_SW_BP | kvm.KVM_GUESTDBG_USE_HW_BP
-    | kvm.KVM_GUESTDBG_INJECT_DB | kvm.KVM_GUESTDBG_INJECT_BP | kvm.KVM_GUESTDBG_BLOCKIRQ
-)  # fmt: skip
 TSC_KHZ = 1_000_000
 
+_SIZES_LEAF = 0x80000008  # linear address bits in EAX 15:8
+
 Method = Callable[[int, Caller], int]
+
+
+def _told(rows: list[Leaf]) -> list[Leaf]:
+    """What the guest is told: CPUID without the bit that follows CR4 while the guest runs."""
+    return [row._replace(ecx=row.ecx & ~OSXSAVE) if row.function == 1 else row for row in rows]
 
 
 class VcpuState:
@@ -49,23 +52,18 @@ class VcpuState:
         self._vcpu = vcpu
         self._cpu = vcpu.cpu
         self._mp_state = kvm.KVM_MP_STATE_RUNNABLE
+        self.fpu = FpuState(vcpu.cpu)
 
     def handlers(self) -> dict[int, Method]:
         """Request number -> method; the caller adds the locking."""
         return {
+            **self.fpu.handlers(),
             ioctls.KVM_GET_REGS: self._get_regs,
             ioctls.KVM_SET_REGS: self._set_regs,
             ioctls.KVM_GET_SREGS: self._get_sregs,
             ioctls.KVM_SET_SREGS: self._set_sregs,
             ioctls.KVM_GET_SREGS2: self._get_sregs2,
             ioctls.KVM_SET_SREGS2: self._set_sregs2,
-            ioctls.KVM_GET_FPU: self._get_fpu,
-            ioctls.KVM_SET_FPU: self._set_fpu,
-            ioctls.KVM_GET_XSAVE: self._get_xsave,
-            ioctls.KVM_GET_XSAVE2: self._get_xsave,
-            ioctls.KVM_SET_XSAVE: self._set_xsave,
-            ioctls.KVM_GET_XCRS: self._get_xcrs,
-            ioctls.KVM_SET_XCRS: self._set_xcrs,
             ioctls.KVM_GET_DEBUGREGS: self._get_debugregs,
             ioctls.KVM_SET_DEBUGREGS: self._set_debugregs,
             ioctls.KVM_GET_VCPU_EVENTS: self._get_events,
@@ -75,6 +73,7 @@ class VcpuState:
             ioctls.KVM_SET_GUEST_DEBUG: self._set_guest_debug,
             ioctls.KVM_SET_SIGNAL_MASK: self._set_signal_mask,
             ioctls.KVM_GET_TSC_KHZ: self._get_tsc_khz,
+            ioctls.KVM_ENABLE_CAP: self._enable_cap,
             ioctls.KVM_GET_MSRS: self._get_msrs,
             ioctls.KVM_SET_MSRS: self._set_msrs,
             ioctls.KVM_SET_CPUID2: self._set_cpuid2,
@@ -95,7 +94,8 @@ class VcpuState:
         rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, *high, rip, rflags = REGS.unpack(data)
         _BLOB_REGS.pack_into(self._cpu.native.blob, layout.REGS, rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, *high, rip)
         self._cpu.registers.set_flags(rflags)
-        self._cpu.events.exception = None  # as KVM: what was pending belonged to the old state
+        self._cpu.events.forget_pending()  # as KVM: what was pending belonged to the old state
+        self._cpu.debug.registers_set()
         self._cpu.changed = True
 
     def _flags(self) -> int:
@@ -128,7 +128,7 @@ class VcpuState:
             return False
         waiting = int.from_bytes(data[sregs.BITMAP_AT : sregs.SIZE], "little")
         if waiting:
-            self._cpu.events.queue_interrupt(waiting.bit_length() - 1)
+            self._cpu.events.queue_interrupt((waiting & -waiting).bit_length() - 1)  # the lowest of them
         return True
 
     def _unpack_system(self, data: bytes) -> bool:
@@ -160,46 +160,6 @@ class VcpuState:
             raise Errno(errno.EINVAL)
         return 0
 
-    # ---- x87, SSE, XSAVE
-    def _get_fpu(self, arg: int, caller: Caller) -> int:
-        caller.memory.write(arg, fpu.to_kvm_fpu(fpu.save(self._cpu)))
-        return 0
-
-    def _set_fpu(self, arg: int, caller: Caller) -> int:
-        fpu.restore(self._cpu, fpu.from_kvm_fpu(caller.memory.read(arg, fpu.FPU_SIZE), fpu.save(self._cpu)))
-        return 0
-
-    def _get_xsave(self, arg: int, caller: Caller) -> int:
-        caller.memory.write(arg, fpu.to_xsave(fpu.save(self._cpu)))
-        return 0
-
-    def _set_xsave(self, arg: int, caller: Caller) -> int:
-        try:
-            fpu.restore(self._cpu, fpu.from_xsave(caller.memory.read(arg, fpu.XSAVE_SIZE)))
-        except fpu.BadState:
-            raise Errno(errno.EINVAL) from None
-        return 0
-
-    def _get_xcrs(self, arg: int, caller: Caller) -> int:
-        value = struct.unpack_from("<Q", self._cpu.native.blob, self._cpu.where.xcr0)[0]
-        caller.memory.write(arg, struct.pack("<IIIIQ", 1, 0, 0, 0, value).ljust(_XCRS_SIZE, b"\0"))
-        return 0
-
-    def _set_xcrs(self, arg: int, caller: Caller) -> int:
-        data = caller.memory.read(arg, _XCRS_SIZE)
-        count, flags = struct.unpack_from("<II", data)
-        if count > 16 or flags:
-            raise Errno(errno.EINVAL)
-        for number in range(count):
-            register, value = struct.unpack_from("<I4xQ", data, 8 + 16 * number)
-            if register:
-                continue  # only XCR0 exists; KVM passes over the others
-            if value & ~fpu.SUPPORTED or not value & fpu.X87:
-                raise Errno(errno.EINVAL)
-            struct.pack_into("<Q", self._cpu.native.blob, self._cpu.where.xcr0, value)
-            self._cpu.changed = True
-        return 0
-
     # ---- debug registers and guest debugging
     def _get_debugregs(self, arg: int, caller: Caller) -> int:
         registers = struct.unpack_from("<8Q", self._cpu.native.blob, self._cpu.where.debug)
@@ -216,12 +176,10 @@ class VcpuState:
 
     def _set_guest_debug(self, arg: int, caller: Caller) -> int:
         control, *registers = _GUEST_DEBUG.unpack(caller.memory.read(arg, _GUEST_DEBUG.size))
-        if control & ~_DEBUG_CONTROL:
-            raise Errno(errno.EINVAL)
         if control & (kvm.KVM_GUESTDBG_INJECT_DB | kvm.KVM_GUESTDBG_INJECT_BP):
             if self._cpu.events.exception is not None:
                 raise Errno(errno.EBUSY)
-            self._cpu.events.exception = (1 if control & kvm.KVM_GUESTDBG_INJECT_DB else 3, None)
+            self._cpu.events.queue_exception(1 if control & kvm.KVM_GUESTDBG_INJECT_DB else 3)
         self._cpu.debug.set(control, tuple(registers))
         return 0
 
@@ -274,6 +232,10 @@ class VcpuState:
             raise Errno(errno.EINVAL)
         return 0
 
+    def _enable_cap(self, arg: int, caller: Caller) -> int:
+        caller.memory.read(arg, 104)  # struct kvm_enable_cap
+        raise Errno(errno.EINVAL)  # no capability of a vCPU is modelled
+
     def _get_tsc_khz(self, arg: int, caller: Caller) -> int:
         return TSC_KHZ
 
@@ -283,7 +245,12 @@ class VcpuState:
         if count > _MAX_CPUID_ENTRIES:
             raise Errno(errno.E2BIG)
         data = caller.memory.read(arg + 8, count * _CPUID_ENTRY.size) if count else b""
-        self._cpu.cpuid = Table([Leaf(*row) for row in _CPUID_ENTRY.iter_unpack(data)])
+        rows = [Leaf(*row) for row in _CPUID_ENTRY.iter_unpack(data)]
+        if self._vcpu.entered and _told(rows) != _told(self._cpu.cpuid.rows):
+            raise Errno(errno.EINVAL)  # the features of a vCPU that ran cannot be changed
+        if any(row.function == _SIZES_LEAF and row.eax >> 8 & 0xFF not in (0, 48, 57) for row in rows):
+            raise Errno(errno.EINVAL)
+        self._cpu.cpuid = self._cpu.msrs.offered = Table(rows)
         self.update_encryption()
         return 0
 
@@ -291,7 +258,6 @@ class VcpuState:
         room = struct.unpack("<I", caller.memory.read(arg, 4))[0]
         rows = self._cpu.cpuid.rows
         if room < len(rows):
-            caller.memory.write(arg, struct.pack("<I", len(rows)))
             raise Errno(errno.E2BIG)
         caller.memory.write(arg, struct.pack("<II", len(rows), 0) + b"".join(_CPUID_ENTRY.pack(*row) for row in rows))
         return 0
@@ -305,7 +271,7 @@ class VcpuState:
 
     def _msr_entries(self, arg: int, caller: Caller) -> list[tuple[int, int, int]]:
         count = struct.unpack("<I", caller.memory.read(arg, 4))[0]
-        if count > _MAX_MSRS:
+        if count >= _MAX_MSRS:
             raise Errno(errno.E2BIG)
         data = caller.memory.read(arg + 8, count * _MSR_ENTRY.size) if count else b""
         return list(_MSR_ENTRY.iter_unpack(data))
@@ -338,8 +304,11 @@ class VcpuState:
         with vm.paused():
             vm.physical.enter()
             try:
-                gfn, _, _ = self._cpu.mmu.translate(va & -PAGE, write=False, fetch=False, user=False)
-                found = (gfn * PAGE | va & (PAGE - 1), 1)
+                if self._cpu.registers.cr(0) >> 31 & 1:
+                    gfn, _, _ = self._cpu.mmu.translate(va & -PAGE, write=False, fetch=False, user=False)
+                    found = (gfn * PAGE | va & (PAGE - 1), 1)
+                else:
+                    found = (va, int(va != 0xFFFFFFFFFFFFFFFF))  # all ones is KVM's "no address"
             except (Fault, Refused, UnsupportedMode):
                 found = (0xFFFFFFFFFFFFFFFF, 0)
             finally:

@@ -1,12 +1,15 @@
 """A VM fd of the model: memory slots, attributes, guest_memfds, vCPUs, capabilities, and the way to its SEV context.
 
-Every change of memory happens with the vCPUs paused and is seen by all of them before the ioctl returns.
+Every change of memory happens with the vCPUs paused and is seen by all of them before the ioctl returns. One change is
+checked and made at a time (`_slots_mutex`, as the kernel's slots_lock). Checks stand in the kernel's order (7.3:
+virt/kvm/kvm_main.c, arch/x86/kvm/x86.c).
 """
 
 from __future__ import annotations
 
 import errno
 import struct
+import threading
 from contextlib import AbstractContextManager
 
 from kvmapi.abi import caps, ioctls, kvm
@@ -14,11 +17,13 @@ from kvmapi.model.attributes import PrivateSet
 from kvmapi.model.caller import PAGE, Caller, Errno
 from kvmapi.model.cpu.cpuid import MAX_PHYS_BITS
 from kvmapi.model.cpu.privileged import ExitPolicy
+from kvmapi.model.dirty_log import DirtyLog, bitmap
 from kvmapi.model.files import File
 from kvmapi.model.guest_memfd import GuestMemfdFile, supported_flags
 from kvmapi.model.lock import EngineLock
 from kvmapi.model.mem.physical import EncryptedPhysical, Physical, ProtectedPhysical
 from kvmapi.model.memslots import Memslots, Request, Slot
+from kvmapi.model.msr_filter import MsrFilter
 from kvmapi.model.platform import MAX_VCPUS, SEV_TYPES, Platform, has_private_memory
 from kvmapi.model.sev.commands import SevContext
 
@@ -26,6 +31,9 @@ _REGION = struct.Struct("<IIQQQ")
 _REGION2 = struct.Struct("<IIQQQQI4x112x")
 _U64 = 1 << 64
 _GFNS = 1 << MAX_PHYS_BITS - 12
+_MIN_MMU_PAGES = 64  # KVM_MIN_ALLOC_MMU_PAGES
+_MAX_VCPU_IDS = MAX_VCPUS * 4
+_MAX_TSS_ADDRESS = 0xFFFFFFFF - 3 * PAGE + 1
 _MSR_REASONS = kvm.KVM_MSR_EXIT_REASON_INVAL | kvm.KVM_MSR_EXIT_REASON_UNKNOWN | kvm.KVM_MSR_EXIT_REASON_FILTER
 
 
@@ -33,6 +41,7 @@ class VmFile(File):
     """One VM. It lives while its fd, a vCPU or a guest_memfd of it is open."""
 
     kind = "kvm-vm"
+    belongs_to_mm = True
 
     def __init__(self, platform: Platform, vm_type: int, caller: Caller) -> None:
         super().__init__()
@@ -45,6 +54,10 @@ class VmFile(File):
         self.vcpus: dict[int, File] = {}
         self.exits = ExitPolicy()
         self.physical = self._make_physical()
+        self.dirty_log = DirtyLog(self.slots, self.physical.flush)
+        self._slots_mutex = threading.Lock()
+        self._vcpu_ids = 0  # ids of vCPUs end here, once that is set
+        self._vcpus_mutex = threading.Lock()
         self.sev = SevContext(self)
         self.handlers = {
             ioctls.KVM_CHECK_EXTENSION: self._check_extension,
@@ -52,6 +65,9 @@ class VmFile(File):
             ioctls.KVM_SET_USER_MEMORY_REGION: self._set_region,
             ioctls.KVM_SET_USER_MEMORY_REGION2: self._set_region2,
             ioctls.KVM_GET_DIRTY_LOG: self._get_dirty_log,
+            ioctls.KVM_CLEAR_DIRTY_LOG: self._clear_dirty_log,
+            ioctls.KVM_SET_NR_MMU_PAGES: self._set_mmu_pages,
+            ioctls.KVM_X86_SET_MSR_FILTER: self._set_msr_filter,
             ioctls.KVM_ENABLE_CAP: self._enable_cap,
             ioctls.KVM_CREATE_GUEST_MEMFD: self._create_guest_memfd,
             ioctls.KVM_SET_TSS_ADDR: self._accept_address,
@@ -96,6 +112,10 @@ class VmFile(File):
 
     def _enable_cap(self, arg: int, caller: Caller) -> int:
         cap, flags, first = struct.unpack("<IIQ88x", caller.memory.read(arg, 104))
+        if cap == caps.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2:
+            with self._slots_mutex:
+                self.dirty_log.enable(flags, first)
+            return 0
         if flags:
             raise Errno(errno.EINVAL)
         if cap == caps.KVM_CAP_EXIT_HYPERCALL:
@@ -106,22 +126,41 @@ class VmFile(File):
             if first & ~_MSR_REASONS:
                 raise Errno(errno.EINVAL)
             self.exits.msr_reasons = first
+        elif cap == caps.KVM_CAP_MAX_VCPU_ID:
+            self._limit_vcpu_ids(first)
         else:
             raise Errno(errno.EINVAL)
         return 0
+
+    def _limit_vcpu_ids(self, limit: int) -> None:
+        """KVM_CAP_MAX_VCPU_ID: once, and before the first vCPU."""
+        with self._vcpus_mutex:
+            if limit > _MAX_VCPU_IDS or self._vcpu_ids not in (0, limit):
+                raise Errno(errno.EINVAL)
+            self._vcpu_ids = limit
 
     def _accept_address(self, arg: int, caller: Caller) -> int:
         """KVM_SET_TSS_ADDR: an Intel real-mode crutch; nothing to do here, but its range check is part of the
         interface.
         """
-        if arg > 0xFFFFFFFF - 3 * PAGE:
+        if arg > _MAX_TSS_ADDRESS:
             raise Errno(errno.EINVAL)
         return 0
 
     def _accept_identity_map(self, arg: int, caller: Caller) -> int:
-        caller.memory.read(arg, 8)
         if self.vcpus:
             raise Errno(errno.EINVAL)
+        caller.memory.read(arg, 8)
+        return 0
+
+    def _set_mmu_pages(self, arg: int, caller: Caller) -> int:
+        """KVM_SET_NR_MMU_PAGES: a limit on shadow pages, of which the model has none."""
+        if arg < _MIN_MMU_PAGES:
+            raise Errno(errno.EINVAL)
+        return 0
+
+    def _set_msr_filter(self, arg: int, caller: Caller) -> int:
+        self.exits.msr_filter = MsrFilter.from_caller(arg, caller)
         return 0
 
     # ---- memory slots
@@ -135,54 +174,67 @@ class VmFile(File):
         return 0
 
     def _change_slot(self, request: Request, caller: Caller) -> None:
-        old, new = self.slots.check(request)
-        if old is None and new is None:
-            return
+        with self._slots_mutex:
+            old, new = self.slots.check(request)
+            if old is None and new is None:
+                return
+            if new is not None:
+                self._prepare(old, new, request, caller)
+            with self.paused():
+                self._replace(old, new)
+
+    def _prepare(self, old: Slot | None, new: Slot, request: Request, caller: Caller) -> None:
+        """The checks behind the overlap's, in order: EBADF or EINVAL for the guest_memfd, EINVAL beyond the physical
+        address width, EEXIST for file pages that another slot has.
+        """
         gmem = None
-        if new is not None and request.flags & kvm.KVM_MEM_GUEST_MEMFD:
+        if request.flags & kvm.KVM_MEM_GUEST_MEMFD:
+            new.gmem_page = request.gmem_offset // PAGE
             gmem = self._guest_memfd(request, caller)
-            gmem.check_binding(self, request.gmem_offset // PAGE, new.pages)
-        if new is not None and (old is None or old.gfn != new.gfn) and new.gfn + new.pages > _GFNS:
-            raise Errno(errno.EINVAL)  # kvm_arch_prepare_memory_region: beyond the physical address width
-        with self.paused():
-            self._replace(old, new, gmem, request.gmem_offset // PAGE)
+            gmem.check_range(self, new.gmem_page, new.pages)
+        if (old is None or old.gfn != new.gfn) and new.gfn + new.pages > _GFNS:
+            raise Errno(errno.EINVAL)
+        if gmem is not None:
+            gmem.check_unbound(new.gmem_page, new.pages)
+            new.gmem = gmem
+        if not new.flags & kvm.KVM_MEM_LOG_DIRTY_PAGES:
+            new.dirty = None
+        elif new.dirty is None:
+            new.dirty = bitmap(new.pages, dirty=self.dirty_log.starts_dirty)
 
     def _guest_memfd(self, request: Request, caller: Caller) -> GuestMemfdFile:
         file = caller.file(request.gmem_fd)
-        if not isinstance(file, GuestMemfdFile) or request.gmem_offset % PAGE:
+        if not isinstance(file, GuestMemfdFile):
             raise Errno(errno.EINVAL)
         return file
 
-    def _replace(self, old: Slot | None, new: Slot | None, gmem: GuestMemfdFile | None, page: int) -> None:
-        if old is not None and old.gmem is not None:
-            old.gmem.unbind(old)
-        if new is None:
-            if old is not None:
-                self.slots.drop(old.id)
-        else:
-            if gmem is not None:
-                new.gmem, new.gmem_page = gmem, page
-                gmem.bind(new)
-            self.slots.put(new)
+    def _replace(self, old: Slot | None, new: Slot | None) -> None:
+        """Make the change. A slot that is only added needs no flush: no TLB has an entry for where nothing was."""
         if old is not None:
             self.sev.before_slot_change()
-            self.physical.drop_window(old)
-        else:
-            self.physical.changed()
+            if old.gmem is not None:
+                old.gmem.unbind(old)
+        if new is not None:
+            if new.gmem is not None:
+                new.gmem.bind(new)
+            self.slots.put(new)
+            if old is not None:
+                self.physical.flush()
+        elif old is not None:
+            self.slots.drop(old.id)
+            self.physical.drop_window(old.backing_key)
 
+    # ---- the dirty log
     def _get_dirty_log(self, arg: int, caller: Caller) -> int:
-        slot_id, _, address = struct.unpack("<IIQ", caller.memory.read(arg, 16))
-        if slot_id >> 16 or slot_id & 0xFFFF >= kvm.KVM_USER_MEM_SLOTS:
-            raise Errno(errno.EINVAL)
-        slot = self.slots.get(slot_id)
-        if slot is None or slot.dirty is None:
-            raise Errno(errno.ENOENT)
-        with self.paused():
-            bits = bytes(slot.dirty)
-            if any(bits):
-                slot.dirty[:] = bytes(len(bits))
-                self.mappings_changed()  # stores must be noticed again
-        caller.memory.write(address, bits)
+        data = caller.memory.read(arg, 16)
+        with self._slots_mutex, self.paused():
+            self.dirty_log.get(data, caller)
+        return 0
+
+    def _clear_dirty_log(self, arg: int, caller: Caller) -> int:
+        data = caller.memory.read(arg, 24)
+        with self._slots_mutex, self.paused():
+            self.dirty_log.clear(data, caller)
         return 0
 
     # ---- private memory
@@ -201,21 +253,24 @@ class VmFile(File):
         supported = self.platform.capability(caps.KVM_CAP_MEMORY_ATTRIBUTES, self.type)
         if flags or attributes & ~supported or not size or gpa + size >= _U64 or gpa % PAGE or size % PAGE:
             raise Errno(errno.EINVAL)
-        with self.paused():
+        with self._slots_mutex, self.paused():
             if self.private.set_range(gpa // PAGE, size // PAGE, bool(attributes & kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE)):
                 self.physical.flush_range(gpa // PAGE, size // PAGE)
         return 0
 
     # ---- vCPUs
     def _create_vcpu(self, arg: int, caller: Caller) -> int:
-        if not 0 <= arg < MAX_VCPUS * 4:
-            raise Errno(errno.EINVAL)
-        if len(self.vcpus) >= MAX_VCPUS:
-            raise Errno(errno.EINVAL)
-        if arg in self.vcpus:
-            raise Errno(errno.EEXIST)
         from kvmapi.model.vcpu import VcpuFile
 
-        vcpu = VcpuFile(self, arg)
-        self.vcpus[arg] = vcpu
-        return caller.install(vcpu)
+        with self._vcpus_mutex:
+            if not 0 <= arg < _MAX_VCPU_IDS or len(self.vcpus) >= MAX_VCPUS:
+                raise Errno(errno.EINVAL)
+            self._vcpu_ids = self._vcpu_ids or _MAX_VCPU_IDS
+            if arg >= self._vcpu_ids:
+                raise Errno(errno.EINVAL)
+            if arg in self.vcpus:
+                raise Errno(errno.EEXIST)
+            vcpu = VcpuFile(self, arg)
+            fd = caller.install(vcpu)
+            self.vcpus[arg] = vcpu
+            return fd

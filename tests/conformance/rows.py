@@ -6,6 +6,7 @@ there, and why. A row without `Differs` holds on every kernel that the project k
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from errno import EINVAL
@@ -95,6 +96,10 @@ def _hardware() -> bool:
     return "svm" in flags or "vmx" in flags
 
 
+def _has_xsave(machine: Machine) -> bool:
+    return any(entry.function == 1 and entry.ecx >> 26 & 1 for entry in machine.system.supported_cpuid())
+
+
 _PROBES: dict[str, Callable[[Machine], bool]] = {
     "memory attributes": _attributes_compiled_in,
     "guest_memfd on plain VMs": _memfd_on_plain,
@@ -103,6 +108,11 @@ _PROBES: dict[str, Callable[[Machine], bool]] = {
     "SW_PROTECTED": lambda machine: machine.system.check_extension(caps.KVM_CAP_VM_TYPES) & 2 != 0,
     "wide GPAs": _whole_width,
     "hardware virtualization": lambda machine: machine.host.name == "model" or _hardware(),
+    "pre-fault": lambda machine: machine.system.check_extension(caps.KVM_CAP_PRE_FAULT_MEMORY) != 0,
+    "a second address space": lambda machine: machine.vm.check_extension(caps.KVM_CAP_MULTI_ADDRESS_SPACE) == 2,
+    "XSAVE": _has_xsave,
+    # QEMU's TCG, on which the lab runs, is a CPU with limits of its own; they are not KVM's.
+    "an exact CPU": lambda machine: machine.host.name == "model" or os.environ.get("SEVMM_IN_LAB") != "1",
     "the model": lambda machine: bool(machine.host.name == "model"),
 }
 

@@ -66,6 +66,11 @@ def address_of(memory: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
+def protect(address: int, size: int, prot: int) -> None:
+    """mprotect(2)."""
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size), prot) == 0
+
+
 def expect_errno(result: int) -> int:
     """0 for success, else the positive errno of a raw ioctl result."""
     return -result if result < 0 else 0

@@ -5,12 +5,17 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from errno import EFAULT, EINVAL, ENODEV, EOPNOTSUPP
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from errno import EBADF, EEXIST, EFAULT, EFBIG, EINVAL, ENODEV, EOPNOTSUPP, EPERM, ESPIPE
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvmapi.abi import ioctls, kvm
+from kvmapi.abi import caps, ioctls, kvm
 from kvmapi.abi import structs as s
 from kvmapi.errors import KvmError
 from kvmapi.exits import Hlt
@@ -78,6 +83,11 @@ FALLOCATE = [
     ("negative offset", KEEP, -PAGE, PAGE, EINVAL),
     ("negative length", KEEP, 0, -PAGE, EINVAL),
     ("mode before alignment", 0, 1, PAGE, EOPNOTSUPP),
+    ("punch a page partly", KEEP | PUNCH, 0, PAGE + 1, EINVAL),
+    ("the end wraps", KEEP | PUNCH, (1 << 63) - PAGE, PAGE, EFBIG),
+    ("the last byte there can be", KEEP | PUNCH, (1 << 63) - 2 * PAGE, PAGE, OK),
+    ("the wrap before the mode", 0, (1 << 63) - PAGE, PAGE, EFBIG),
+    ("nothing before the mode", 0, 0, 0, EINVAL),
 ]
 
 
@@ -116,14 +126,85 @@ def test_mmap_rules(any_host: Any) -> None:
             assert len(unreadable) == PAGE  # touching it is SIGBUS: it holds private memory
 
 
-def test_the_fd_itself_shows_nothing(any_host: Any) -> None:
+def attempts(fd: int) -> dict[str, Callable[[], object]]:
+    """Ways at a file that a guest_memfd does not have."""
+    return {
+        "read": lambda: os.read(fd, 16),
+        "write": lambda: os.write(fd, b"x"),
+        "pread": lambda: os.pread(fd, 16, 0),
+        "pwrite": lambda: os.pwrite(fd, b"x", 0),
+        "shrink": lambda: os.ftruncate(fd, PAGE),
+        "grow": lambda: os.ftruncate(fd, 4 * PAGE),
+    }
+
+
+@pytest.mark.parametrize("way", attempts(-1))
+def test_the_fd_gives_and_takes_nothing(any_host: Any, way: str) -> None:
+    """Where the kernel under the model has no memfd_secret, the placeholder refuses with other errnos (EBADF, EPERM)."""
+    expected = {ESPIPE if way in ("pread", "pwrite") else EINVAL}
+    if any_host.name == "model":
+        expected |= {EBADF, EPERM}
     with Machine(any_host) as machine, machine.vm.create_guest_memfd(2 * PAGE) as memfd:
-        for attempt in (lambda: os.pread(memfd.fd, 16, 0), lambda: os.pwrite(memfd.fd, b"x", 0), lambda: os.ftruncate(memfd.fd, PAGE)):
-            try:
-                got = attempt()
-            except OSError:
-                continue
-            assert any_host.name == "model" and not any(got if isinstance(got, bytes) else b""), "a placeholder may be touched, not shown"
+        for fd in (memfd.fd, os.dup(memfd.fd)):
+            with pytest.raises(OSError) as caught:
+                attempts(fd)[way]()
+            assert caught.value.errno in expected
+        os.close(fd)
+        assert os.fstat(memfd.fd).st_size == 2 * PAGE
+
+
+def test_without_memfd_secret(model_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other placeholder, on any machine."""
+    monkeypatch.setattr("kvmapi.model.placeholder.SYS_MEMFD_SECRET", -1)
+    with Machine(model_host) as machine, machine.vm.create_guest_memfd(2 * PAGE) as memfd:
+        for attempt in attempts(memfd.fd).values():
+            with pytest.raises(OSError) as caught:
+                attempt()
+            assert caught.value.errno in (EBADF, EPERM)
+        assert os.fstat(memfd.fd).st_size == 2 * PAGE
+
+
+TOUCH = """
+import ctypes
+import sys
+from kvmapi.abi import kvm
+from kvmapi.system import System
+if sys.argv[1] == "kernel":
+    from kvmapi.kernel import KernelHost as Host
+else:
+    from kvmapi.model.host import ModelHost as Host
+flags, length, at = map(int, sys.argv[2:])
+memfd = System(Host()).create_vm().create_guest_memfd(8192, flags)
+if sys.argv[1] == "kernel":  # Python's mmap refuses a length beyond the file's
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    at_address = libc.mmap(None, ctypes.c_size_t(length), 3, 1, memfd.fd, ctypes.c_long(0))
+    view = (ctypes.c_ubyte * length).from_address(at_address)
+else:
+    view = memfd.mmap(length)
+print("mapped", flush=True)
+print(view[at], flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "length", "at", "dies"),
+    [
+        ("shared", MMAP | SHARED, 2 * PAGE, PAGE, False),
+        ("private", MMAP, 2 * PAGE, 0, True),
+        ("the last byte", MMAP | SHARED, 4 * PAGE, 2 * PAGE - 1, False),
+        ("beyond the end", MMAP | SHARED, 4 * PAGE, 2 * PAGE, True),
+    ],
+)
+def test_touching_a_mapping(any_host: Any, tree: Path, name: str, flags: int, length: int, at: int, dies: bool) -> None:
+    with Machine(any_host) as machine:
+        _need_flags(machine)
+    command = [sys.executable, "-c", TOUCH, any_host.name, str(flags), str(length), str(at)]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=60, check=False)
+    if dies:
+        assert (done.returncode, done.stdout) == (-signal.SIGBUS, "mapped\n"), done.stderr
+    else:
+        assert (done.returncode, done.stdout) == (0, "mapped\n0\n"), done.stderr
 
 
 def test_each_file_has_an_inode(any_host: Any) -> None:
@@ -188,3 +269,30 @@ def test_the_file_keeps_its_vm(any_host: Any, no_leaks: None) -> None:
         memfd.allocate(0, PAGE)
         memfd.punch_hole(0, PAGE)
         memfd.close()
+
+
+@pytest.mark.parametrize("number", [*range(3, 12), 31, 32, 62, 63])
+def test_single_flags(any_host: Any, number: int) -> None:
+    """Every bit that KVM_CAP_GUEST_MEMFD_FLAGS does not name is refused; and each that it names is taken."""
+    with Machine(any_host) as machine:
+        known = machine.vm.check_extension(caps.KVM_CAP_GUEST_MEMFD_FLAGS)
+        for bit in (number, number % 2):
+            argument = s.kvm_create_guest_memfd(size=PAGE, flags=1 << bit)
+            result = machine.vm.ioctl_raw(ioctls.KVM_CREATE_GUEST_MEMFD, ctypes.addressof(argument))
+            assert (result >= 0) == bool(known >> bit & 1) and (result >= 0 or result == -EINVAL)
+            if result >= 0:
+                any_host.close(result)
+
+
+def test_a_slot_survives_its_file(any_host: Any) -> None:
+    """Closing the file leaves the slot, which can be deleted; the file's pages are free for nobody any more."""
+    with Machine(any_host) as machine:
+        _need_flags(machine)
+        memfd = machine.vm.create_guest_memfd(MIB)
+        machine.vm.set_user_memory_region2(5, 16 * MIB, MIB, machine.hva, guest_memfd=memfd.fd)
+        memfd.close()
+        with pytest.raises(KvmError) as caught:
+            machine.vm.set_user_memory_region(6, 16 * MIB, MIB, machine.hva)
+        assert caught.value.errno == EEXIST
+        machine.vm.set_user_memory_region(5, 16 * MIB, 0, machine.hva)
+        machine.vm.set_user_memory_region(6, 16 * MIB, MIB, machine.hva)

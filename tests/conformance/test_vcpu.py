@@ -57,9 +57,14 @@ def test_reset_state(any_host: Any) -> None:
         machine.vcpus.append(vcpu)
         regs, sregs = vcpu.get_regs(), vcpu.get_sregs()
         assert (regs.rip, regs.rflags, regs.rsp) == (0xFFF0, 2, 0)
-        assert (sregs.cs.selector, sregs.cs.base, sregs.cs.limit, sregs.cs.type) == (0xF000, 0xFFFF0000, 0xFFFF, 0xB)
+        assert (sregs.cs.selector, sregs.cs.base, sregs.cs.limit) == (0xF000, 0xFFFF0000, 0xFFFF)
+        types = [getattr(sregs, name).type for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")]
+        if feature(machine, "hardware virtualization"):  # SVM's reset state, in which nothing has been accessed; KVM shows data as accessed
+            assert types == [0xA, 3, 3, 3, 3, 2, 3, 2]
+        else:
+            assert types == [0xB, 3, 3, 3, 3, 3, 0xB, 2]
         assert (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) == (0x60000010, 0, 0, 0)
-        assert (sregs.gdt.limit, sregs.idt.limit, sregs.tr.type, sregs.ldt.type) == (0xFFFF, 0xFFFF, 0xB, 2)
+        assert (sregs.gdt.limit, sregs.idt.limit) == (0xFFFF, 0xFFFF)
         assert sregs.apic_base == 0xFEE00900
         assert vcpu.get_mp_state() == kvm.KVM_MP_STATE_RUNNABLE
 
@@ -111,13 +116,6 @@ def test_refused_sregs(any_host: Any, name: str, make: Callable[[v.kvm_sregs], N
 def test_bad_pointers(any_host: Any, name: str, pointer: int) -> None:
     with LongGuest(any_host, HLT) as guest:
         assert guest.vcpu.ioctl_raw(getattr(ioctls, f"KVM_{name}"), pointer) == -EFAULT
-
-
-def test_sregs_that_only_the_processor_refuses_are_accepted(any_host: Any) -> None:
-    with LongGuest(any_host, HLT) as guest:
-        sregs = guest.vcpu.get_sregs()
-        sregs.cs.db, sregs.efer = 1, sregs.efer | 1 << 4
-        guest.vcpu.set_sregs(sregs)
 
 
 def test_msrs_round_trip(any_host: Any) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import PATIENCE
+
 pytestmark = pytest.mark.model
 PROGRAM = """
 import collections, faulthandler, random, sys, threading
@@ -56,5 +58,5 @@ print(dict(count))
 @pytest.mark.parametrize("seed", [1, 2])
 def test_random_code(tree: Path, seed: int) -> None:
     program = PROGRAM.replace("{tree!r}", repr(str(tree))).replace("{seed}", str(seed)).replace("{snippets}", "150")
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=tree, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60 * PATIENCE, cwd=tree, check=False)
     assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

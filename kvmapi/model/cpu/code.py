@@ -38,8 +38,9 @@ class CodePage:
         self.view = page_view(pointer)
         self.tail = tail
         copy = bytearray(PAGE + len(tail))
-        copy[:PAGE] = self.view
-        copy[PAGE:] = tail
+        with memoryview(copy) as target:  # a slice of the bytearray itself would be assigned through a second copy
+            target[:PAGE] = self.view
+            target[PAGE:] = tail
         self.sites = scan.find(copy, PAGE, bits, flags)
         copy[:] = bytes(len(copy))  # plaintext must not stay on the heap
         self.stamp = self._stamp()

@@ -21,7 +21,7 @@ from kvmapi.model.caller import PAGE
 from kvmapi.model.cpu import inject, layout
 from kvmapi.model.cpu.code import CodeCache
 from kvmapi.model.cpu.cpuid import Table
-from kvmapi.model.cpu.debug import BP_VECTOR, GuestDebug
+from kvmapi.model.cpu.debug import BP_VECTOR, DB_VECTOR, GuestDebug
 from kvmapi.model.cpu.events import Events
 from kvmapi.model.cpu.mmio import MmioUnit, scratch_page
 from kvmapi.model.cpu.mmu import PF_VECTOR, SCRATCH_AT, Fault, Mmu, UnsupportedMode
@@ -34,6 +34,7 @@ from kvmapi.model.runpage import IMMEDIATE_EXIT, RunPage
 
 KICKED = 1 << 20  # no errno and no KVM_RUN result: the engine lock or the vCPU is wanted elsewhere
 _UD = 6
+_INVALID_STATE = 0xFFFFFFFF  # SVM's exit code for a guest state that it refuses
 _RF = 1 << 16
 _HYPERCALLS = (b"\x0f\x01\xc1", b"\x0f\x01\xd9")  # vmcall, vmmcall: KVM accepts either (it patches the wrong one)
 
@@ -57,11 +58,13 @@ class Cpu:
         self.debug = GuestDebug(self)
         self.mmio = MmioUnit(self)
         self.changed = False
+        self.refuses_entry = False  # a state that the processor does not enter the guest with
         self.attention = False  # events or debugging want a look before the guest is entered
         self.cr8 = 0
         self._event = -1
         self._mapped: dict[int, Window] = {}
         self._code_generation = physical.code_generation
+        self._dropped = physical.dropped
         self._scratch_page, address = scratch_page()
         self.scratch = memoryview(self._scratch_page)
         self.native.map(SCRATCH_AT, PAGE, address)
@@ -96,7 +99,7 @@ class Cpu:
     def go(self) -> int:
         """Run until the VMM is needed: KVM_RUN's result with the exit written, or KICKED."""
         while True:
-            self._catch_up()
+            self.catch_up()
             if self.attention:
                 result = self._attend()
                 if result is not None:
@@ -112,10 +115,29 @@ class Cpu:
             result = self._stopped(error)
             if result is not None:
                 return result
+            if self.kick[0] or self.page.memory[IMMEDIATE_EXIT]:
+                return KICKED  # a guest that is stopped again and again may never come to the next block
+
+    def run_until(self, linear: int) -> tuple[bool, int | None]:
+        """Run, but execute nothing at `linear`: (was there memory for all code on the way?, what `go` would return)."""
+        if self.changed:
+            self.native.restore()
+            self.changed = False
+        self.mmu.fault, self._event = None, -1
+        error = self.native.start_until(self.registers.rip, linear)
+        self.native.save()
+        fault = self.mmu.fault
+        if self.mmu.fetching and isinstance(fault, Refused) and fault.kind == "mmio":
+            return False, None
+        if error == uc.UC_ERR_OK and fault is None and self._event < 0 and self.registers.linear_rip == linear:
+            return True, None
+        return True, self._stopped(error)
 
     def _attend(self) -> int | None:
         """Deliver events; while debugging, execute one instruction. KVM_RUN's result, KICKED, or None."""
         debug = self.debug
+        if self.refuses_entry:
+            return self.page.payload(kvm.KVM_EXIT_FAIL_ENTRY, "<QI", _INVALID_STATE, 0)
         result = debug.completed()
         if result is None:
             result = self.events.before_entry()
@@ -128,7 +150,7 @@ class Cpu:
             return debug.step()
         return None
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
         """Drop translations that changes elsewhere made void."""
         physical = self.physical
         if physical.code_generation != self._code_generation:
@@ -136,12 +158,18 @@ class Cpu:
             self.code.flush()
         if physical.generation != self.mmu.generation:
             self.mmu.generation = physical.generation
-            for key, window in list(self._mapped.items()):
-                if physical.windows.get(id(window.owner)) is not window:
-                    self.native.restore()  # unmapping makes the engine ask for a TLB entry, and `fill` saves the CPU over the blob
-                    self.native.unmap(window.base, window.size)
-                    del self._mapped[key]
+            if physical.dropped != self._dropped:
+                self._dropped = physical.dropped
+                self._unmap_dropped()
             self.native.flush_tlb()
+
+    def _unmap_dropped(self) -> None:
+        """Windows whose memory went away leave the engine: their addresses may be given to others."""
+        for key, window in list(self._mapped.items()):
+            if self.physical.windows.get(id(window.owner)) is not window:
+                self.native.restore()  # unmapping makes the engine ask for a TLB entry, and `fill` saves the CPU over the blob
+                self.native.unmap(window.base, window.size)
+                del self._mapped[key]
 
     def step_native(self) -> int:
         """Exactly one instruction (or one repetition), with the blob as the state before and after; a UC_ERR_* number
@@ -246,6 +274,8 @@ class Cpu:
             return self._invalid_opcode()
         if vector == BP_VECTOR and self.debug.catches_int3:
             return self.debug.int3()
+        if vector == DB_VECTOR and self.debug.catches_db:
+            return self.debug.trapped()
         return self.raise_in_guest(vector, error & 0xFFFF, software=software)
 
     def _invalid_opcode(self) -> int | None:
@@ -267,7 +297,7 @@ class Cpu:
             self.native.restore()  # the engine computes RFLAGS: it must have what was set
         self.changed = True
         try:
-            flags = self.native.flags()
+            flags = self.native.flags() | self.debug.delivered(vector)
             if external:
                 inject.deliver_external(self.registers, self.mmu, flags, vector)
             else:

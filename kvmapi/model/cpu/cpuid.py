@@ -68,6 +68,13 @@ def supported(sev_eax: int, c_bit: int, asids: int, min_sev_asid: int) -> list[L
     return rows
 
 
+# Control register bits that exist only where CPUID says so, of those the engine has: bit, function, register, its bit.
+CR4_ALWAYS = 0x7FF  # VME to OSXMMEXCPT
+_CR4_OFFERED = ((16, 7, "ebx", 0), (18, 1, "ecx", 26), (20, 7, "ebx", 7), (21, 7, "ebx", 20))  # FSGSBASE OSXSAVE SMEP SMAP
+EFER_SUPPORTED = 1 | 1 << 8 | 1 << 10 | 1 << 11  # SCE LME LMA NXE
+_EFER_OFFERED = ((8, 0x80000001, "edx", 29), (10, 0x80000001, "edx", 29), (11, 0x80000001, "edx", 20))
+
+
 class Table:
     """What one vCPU's CPUID instruction returns."""
 
@@ -75,6 +82,17 @@ class Table:
         self.rows = rows
         self._indexed = {(row.function, row.subleaf): row for row in rows if row.flags & INDEXED}
         self._plain = {row.function: row for row in rows if not row.flags & INDEXED}
+        self.cr4_valid = CR4_ALWAYS | self._offered(_CR4_OFFERED)
+        self.efer_valid = 1 | self._offered(_EFER_OFFERED)
+
+    def _offered(self, bits: tuple[tuple[int, int, str, int], ...]) -> int:
+        """The control register bits that this table offers."""
+        found = 0
+        for bit, function, register, at in bits:
+            row = self._plain.get(function) or self._indexed.get((function, 0))
+            if row is not None and getattr(row, register) >> at & 1:
+                found |= 1 << bit
+        return found
 
     def read(self, function: int, index: int) -> tuple[int, int, int, int]:
         """EAX, EBX, ECX, EDX."""

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 DB_VECTOR, BP_VECTOR = 1, 3
 _DR6_ACTIVE_LOW, _DR6_BS = 0xFFFF0FF0, 1 << 14
-_RF = 1 << 16
+_RF, _TF = 1 << 16, 1 << 8
+_REPEAT = (b"\xf2", b"\xf3")
+_THROUGH_KVM = frozenset((1, 6, 17))  # exceptions that kvm_amd intercepts and delivers again
 _LENGTHS = (1, 2, 8, 4)  # DR7.LEN
 _EXECUTE, _STORE, _ACCESS = 0, 1, 3  # DR7.RW; 2 is I/O, which no KVM guest debug supports
 
@@ -62,15 +64,27 @@ class GuestDebug:
         self._completing = False
         self._hit = 0
         self._dr7 = 0x400
+        self._trap = False  # RFLAGS.TF as KVM sets it for steps; the guest's own is in its flags
+        self._began = 0
 
     @property
     def active(self) -> bool:
         """Must every instruction be stepped?"""
-        return bool(self._control & kvm.KVM_GUESTDBG_SINGLESTEP or self._data or self._completing)
+        return bool(self._trap or self._data or self._completing)
 
     @property
     def catches_int3(self) -> bool:
         return bool(self._control & kvm.KVM_GUESTDBG_USE_SW_BP)
+
+    @property
+    def blocks_events(self) -> bool:
+        """Do NMIs wait until user space is done?"""
+        return bool(self._control & kvm.KVM_GUESTDBG_BLOCKIRQ)
+
+    @property
+    def catches_db(self) -> bool:
+        """Does a #DB of the guest's go to user space?"""
+        return bool(self._control & (kvm.KVM_GUESTDBG_SINGLESTEP | kvm.KVM_GUESTDBG_USE_HW_BP))
 
     def set(self, control: int, registers: tuple[int, ...]) -> None:
         """A new request; without KVM_GUESTDBG_ENABLE everything is off."""
@@ -80,12 +94,27 @@ class GuestDebug:
         self._breakpoints = [point for point in hardware if point.kind == _EXECUTE]
         self._data = [point for point in hardware if point.kind in (_STORE, _ACCESS)]
         self._completing = False
+        self._trap = bool(self._control & kvm.KVM_GUESTDBG_SINGLESTEP)
+        self._began = self._cpu.registers.linear_rip
         self._cpu.attention = True
         code = self._cpu.code
         addresses = frozenset(point.address for point in self._breakpoints)
         if code.breakpoints != addresses:
             code.breakpoints = addresses
             code.flush()
+
+    def registers_set(self) -> None:
+        """User space wrote RFLAGS and RIP: steps go on only from where they began."""
+        if self._control & kvm.KVM_GUESTDBG_SINGLESTEP:
+            self._trap = self._cpu.registers.linear_rip == self._began
+            self._cpu.attention = True
+
+    def delivered(self, vector: int) -> int:
+        """An event is delivered, which clears TF: steps end, until IRET loads the flags that are pushed now. What KVM
+        delivers itself has TF in them only where the steps began.
+        """
+        trap, self._trap = self._trap, False
+        return _TF if trap and (vector not in _THROUGH_KVM or self._cpu.registers.linear_rip == self._began) else 0
 
     # ---- exits
     def _exit(self, vector: int, dr6: int) -> int:
@@ -105,6 +134,14 @@ class GuestDebug:
         numbers = [point.number for point in self._breakpoints if point.address == rip]
         return self._exit(DB_VECTOR, _DR6_ACTIVE_LOW | sum(1 << number for number in numbers)) if numbers else None
 
+    def trapped(self) -> int:
+        """The engine's own #DB, by a TF that the guest has loaded: user space's, if it asked for steps."""
+        registers = self._cpu.registers
+        if self._control & kvm.KVM_GUESTDBG_SINGLESTEP:
+            registers.set_flags(registers.u64[layout.EFLAGS >> 3] & ~_TF)
+            self._trap = self._cpu.attention = True
+        return self._exit(DB_VECTOR, _DR6_ACTIVE_LOW | _DR6_BS)
+
     # ---- stepping
     def completed(self) -> int | None:
         """User space answered the exit of a stepped instruction: now its debug exit is due."""
@@ -116,7 +153,7 @@ class GuestDebug:
     def step(self) -> int | None:
         """Execute one instruction; KVM_RUN's result, or None when only data breakpoints are watched and none was hit."""
         cpu = self._cpu
-        if not self._control & kvm.KVM_GUESTDBG_SINGLESTEP:
+        if not self._trap:
             found = self.at_breakpoint(cpu.registers.linear_rip)
             if found is not None:
                 return found
@@ -130,7 +167,10 @@ class GuestDebug:
         self._hit = 0
         hook = cpu.native.hook_memory(self._accessed) if self._data else None
         try:
+            before = cpu.registers.rip
             error = cpu.step_native()
+            if cpu.registers.rip == before and not cpu.registers.gpr(1) and self.opcode() in _REPEAT:
+                error = cpu.step_native()  # the engine counts leaving a repetition as one more
         finally:
             if hook is not None:
                 cpu.native.unhook(hook[0])
@@ -139,12 +179,17 @@ class GuestDebug:
             return result
         return self._after(self._hit)
 
+    def opcode(self) -> bytes:
+        """The first byte of the instruction at RIP; nothing where it cannot be read."""
+        try:
+            return self._cpu.mmu.read(self._cpu.registers.linear_rip, 1)
+        except (Fault, Refused, UnsupportedMode):
+            return b""
+
     def _after(self, hit: int) -> int | None:
         if hit:
             return self._exit(DB_VECTOR, _DR6_ACTIVE_LOW | hit)
-        if self._control & kvm.KVM_GUESTDBG_SINGLESTEP:
-            return self._exit(DB_VECTOR, _DR6_ACTIVE_LOW | _DR6_BS)
-        return None
+        return self._exit(DB_VECTOR, _DR6_ACTIVE_LOW | _DR6_BS) if self._trap else None
 
     def sensitive(self) -> scan.Site | None:
         """The instruction at RIP if it is one that the engine must not execute."""

@@ -27,6 +27,9 @@ SIZE = 64
 _LAYOUT = struct.Struct("<4BI4B4BII4BB26xBQ")
 _IF = 1 << 9
 _NMI, _MAX_EXCEPTION = 2, 31
+_SHADOW = kvm.KVM_X86_SHADOW_INT_STI | kvm.KVM_X86_SHADOW_INT_MOV_SS  # kvm_amd cannot tell them apart
+_SOFT_OPCODES = {3: b"\xcc", 4: b"\xce"}
+_SOFT = frozenset(_SOFT_OPCODES)  # KVM_GET_VCPU_EVENTS does not report these: the guest raises them again
 _VALID = (
     kvm.KVM_VCPUEVENT_VALID_NMI_PENDING | kvm.KVM_VCPUEVENT_VALID_SIPI_VECTOR | kvm.KVM_VCPUEVENT_VALID_SHADOW | kvm.KVM_VCPUEVENT_VALID_SMM
 )
@@ -38,42 +41,53 @@ class Events:
     def __init__(self, cpu: Cpu) -> None:
         self._cpu = cpu
         self.exception: tuple[int, int | None] | None = None  # (vector, error code)
+        self._queued = False  # the exception is KVM's own and new, not one whose delivery had begun
         self.interrupt: int | None = None
         self._soft = False
         self.nmi_pending = 0
         self.nmi_masked = False
+        self.nmi_injected = False  # in delivery already: a mask does not hold it back
         self.window_wanted = False
 
     # ---- from user space
     def pack(self) -> bytes:
         """struct kvm_vcpu_events."""
         vector, error = self.exception or (0, None)
-        exception = (self.exception is not None, vector, error is not None, 0, error or 0)
-        interrupt = (self.interrupt is not None, self.interrupt or 0, self._soft, self._shadow())
+        exception = (self.exception is not None and vector not in _SOFT, vector, error is not None, 0, error or 0)
+        interrupt = (self.interrupt is not None and not self._soft, self.interrupt or 0, 0, self._shadow())
         flags = kvm.KVM_VCPUEVENT_VALID_NMI_PENDING | kvm.KVM_VCPUEVENT_VALID_SHADOW | kvm.KVM_VCPUEVENT_VALID_SMM
-        return _LAYOUT.pack(*exception, *interrupt, 0, self.nmi_pending, self.nmi_masked, 0, 0, flags, 0, 0, 0, 0, 0, 0, 0)
+        return _LAYOUT.pack(*exception, *interrupt, self.nmi_injected, self.nmi_pending, self.nmi_masked, 0, 0, flags, 0, 0, 0, 0, 0, 0, 0)
 
     def unpack(self, data: bytes) -> bool:
         """Take struct kvm_vcpu_events; False (nothing changed) when KVM refuses it."""
         fields = _LAYOUT.unpack(data)
-        injected, vector, has_error, pending, error = fields[:5]
+        injected, vector, has_error, _, error = fields[:5]  # "pending" counts with KVM_CAP_EXCEPTION_PAYLOAD only
         interrupt_injected, interrupt, soft, shadow = fields[5:9]
-        _, nmi_pending, nmi_masked, _, _, flags = fields[9:15]
+        nmi_injected, nmi_pending, nmi_masked, _, _, flags = fields[9:15]
         smm = fields[15:19]
-        if flags & ~_VALID or (flags & kvm.KVM_VCPUEVENT_VALID_SMM and any(smm)):
+        if flags & ~_VALID or (flags & kvm.KVM_VCPUEVENT_VALID_SMM and any(smm[:3])):  # the fourth needs an APIC
             return False
-        if (injected or pending) and (vector > _MAX_EXCEPTION or vector == _NMI):
+        if injected and (vector > _MAX_EXCEPTION or vector == _NMI):
             return False
-        self.exception = (vector, error if has_error else None) if injected or pending else None
+        self.exception, self._queued = (vector, error if has_error else None) if injected else None, False
         self.interrupt = interrupt if interrupt_injected else None
         self._soft = bool(soft)
         if flags & kvm.KVM_VCPUEVENT_VALID_SHADOW:
             self._set_shadow(bool(shadow))
-        if flags & kvm.KVM_VCPUEVENT_VALID_NMI_PENDING:
-            self.nmi_pending = min(nmi_pending, 2)
-        self.nmi_masked = bool(nmi_masked)
+        self.nmi_injected, self.nmi_masked = bool(nmi_injected), bool(nmi_masked)
+        self.nmi_pending = min(nmi_pending if flags & kvm.KVM_VCPUEVENT_VALID_NMI_PENDING else self.nmi_pending, self._nmi_limit())
         self._cpu.attention = True
         return True
+
+    def queue_exception(self, vector: int) -> None:
+        """KVM_SET_GUEST_DEBUG's injection: deliver at the next entry, unless registers are set before."""
+        self.exception, self._queued = (vector, None), True
+        self._cpu.attention = True
+
+    def forget_pending(self) -> None:
+        """Registers were set: an exception that was queued is gone, one in delivery is not."""
+        if self._queued:
+            self.exception, self._queued = None, False
 
     def queue_interrupt(self, vector: int) -> None:
         """KVM_INTERRUPT: deliver at the next entry."""
@@ -82,12 +96,15 @@ class Events:
 
     def queue_nmi(self) -> None:
         """KVM_NMI: at most one in delivery and one waiting, as the CPU latches them."""
-        self.nmi_pending = min(self.nmi_pending + 1, 1 if self.nmi_masked else 2)
+        self.nmi_pending = min(self.nmi_pending + 1, self._nmi_limit())
         self._cpu.attention = True
+
+    def _nmi_limit(self) -> int:
+        return 1 if self.nmi_masked or self.nmi_injected else 2
 
     # ---- the guest's readiness
     def _shadow(self) -> int:
-        return kvm.KVM_X86_SHADOW_INT_STI if self._cpu.registers.u32[layout.HFLAGS >> 2] & layout.HF_KEEP else 0
+        return _SHADOW if self._cpu.registers.u32[layout.HFLAGS >> 2] & layout.HF_KEEP else 0
 
     def _set_shadow(self, on: bool) -> None:
         flags = self._cpu.registers.u32[layout.HFLAGS >> 2] & ~layout.HF_KEEP
@@ -105,28 +122,25 @@ class Events:
     def takes_interrupts(self) -> bool:
         """IF is set, no instruction's shadow, nothing waiting."""
         open_ = self._cpu.registers.u64[layout.EFLAGS >> 3] & _IF and not self._shadow()
-        return bool(open_) and self.interrupt is None and self.exception is None
+        return bool(open_) and self.interrupt is None and self.exception is None and not self.nmi_injected
 
     # ---- before the guest is entered
     def before_entry(self) -> int | None:
         """Deliver what is due; KVM_RUN's result if that, or an open window, ends the run."""
         cpu = self._cpu
-        result: int | None = None
-        if self.exception is not None:
-            (vector, error), self.exception = self.exception, None
-            result = cpu.raise_in_guest(vector, error)
-        elif self.nmi_pending and not self.nmi_masked:
+        result = self._deliver_begun()
+        if result is not None:
+            return result
+        nmi = self.nmi_pending and not self.nmi_masked and not cpu.debug.blocks_events
+        if ((self.window_wanted and self._in_shadow()) or (nmi and self._shadow())) and cpu.debug.sensitive() is None:
+            result = cpu.after_step(cpu.step_native())  # the instruction after STI runs before the window opens
+            self.leave_shadow()
+            if result is not None:
+                return result
+        if nmi and not self._shadow():
             self.nmi_pending -= 1
             self.nmi_masked = True
             result = cpu.raise_in_guest(_NMI, None, external=True)
-        elif self.interrupt is not None:
-            vector, self.interrupt = self.interrupt, None
-            result = cpu.raise_in_guest(vector, None, external=not self._soft, software=self._soft)
-        if result is not None:
-            return result
-        if self.window_wanted and self._in_shadow() and cpu.debug.sensitive() is None:
-            result = cpu.after_step(cpu.step_native())  # the instruction after STI runs before the window opens
-            self.leave_shadow()
             if result is not None:
                 return result
         if self.window_wanted and self.takes_interrupts():
@@ -134,6 +148,29 @@ class Events:
         self._watch(self.window_wanted or self.nmi_masked)
         cpu.attention = self.window_wanted or self.nmi_masked
         return None
+
+    def _deliver_begun(self) -> int | None:
+        """Deliver the one event whose delivery has begun: what user space injects counts as that. There is room for one
+        in the processor, so others of the kind are lost; a waiting NMI comes next.
+        """
+        cpu = self._cpu
+        exception, nmi, interrupt = self.exception, self.nmi_injected, self.interrupt
+        self.exception, self.nmi_injected, self.interrupt, self._queued = None, False, None, False
+        if exception is not None:
+            self._skip_int3(exception[0])
+            return cpu.raise_in_guest(*exception, software=exception[0] in _SOFT)
+        if nmi:
+            self.nmi_masked = True
+            return cpu.raise_in_guest(_NMI, None, external=True)
+        if interrupt is not None:
+            return cpu.raise_in_guest(interrupt, None, external=not self._soft, software=self._soft)
+        return None
+
+    def _skip_int3(self, vector: int) -> None:
+        """#BP and #OF are traps of INT3 and INTO: the frame points behind the instruction."""
+        registers = self._cpu.registers
+        if vector in _SOFT and self._cpu.debug.opcode() == _SOFT_OPCODES[vector]:
+            registers.rip = registers.rip + 1
 
     def _watch(self, on: bool) -> None:
         code = self._cpu.code

@@ -21,6 +21,7 @@ _HEAD = struct.Struct("<HHBxHQQII")  # fcw fsw ftw fop rip rdp mxcsr mxcsr_mask
 _KVM_HEAD = struct.Struct("<HHBxHQQ")  # fcw fsw ftwx last_opcode last_ip last_dp
 _XMM_STRIDE = 64
 _INIT = (0x037F, 0x1F80)
+_X87_HEAD = struct.pack("<HHBxHQQ", _INIT[0], 0, 0, 0, 0, 0)
 
 
 class BadState(Exception):
@@ -34,10 +35,11 @@ def _names() -> tuple[int, int]:
 
 
 def reset(cpu: Cpu) -> None:
-    """The state after RESET: FNINIT's control word, MXCSR 0x1f80, registers zero."""
+    """The state after RESET: FNINIT's control word, MXCSR 0x1f80, registers zero, XCR0 1."""
     image = bytearray(FXSAVE_SIZE)
     _HEAD.pack_into(image, 0, _INIT[0], 0, 0, 0, 0, 0, _INIT[1], MXCSR_MASK)
     restore(cpu, bytes(image))
+    struct.pack_into("<Q", cpu.native.blob, cpu.where.xcr0, X87)
 
 
 def save(cpu: Cpu) -> bytes:
@@ -108,13 +110,29 @@ def from_xsave(data: bytes) -> bytes:
     """The FXSAVE image in a struct kvm_xsave; absent components are in their initial state. Raises BadState for
     components the CPU does not have, and for compacted format.
     """
-    present, compacted = struct.unpack_from("<QQ", data, FXSAVE_SIZE)
-    if present & ~SUPPORTED or compacted:
-        raise BadState(f"xstate_bv {present:#x}, xcomp_bv {compacted:#x}")
-    image = bytearray(data[:FXSAVE_SIZE])
-    if not present & X87:
-        image[:24] = struct.pack("<HHBxHQQ", _INIT[0], 0, 0, 0, 0, 0)
-        image[32:160] = bytes(128)
-    if not present & SSE:
-        image[160:416] = bytes(256)
-    return bytes(image)
+    components, compacted = struct.unpack_from("<QQ", data, FXSAVE_SIZE)
+    if components & ~SUPPORTED or compacted or any(data[FXSAVE_SIZE + 16 : FXSAVE_SIZE + 64]):
+        raise BadState(f"xstate_bv {components:#x}, xcomp_bv {compacted:#x}, or reserved bytes of the header")
+    return initialise(data[:FXSAVE_SIZE], components)
+
+
+def present(data: bytes) -> int:
+    """The components that an XSAVE image has."""
+    return int.from_bytes(data[FXSAVE_SIZE : FXSAVE_SIZE + 8], "little")
+
+
+def initialise(image: bytes, components: int) -> bytes:
+    """The FXSAVE image with all but these components in their initial state."""
+    changed = bytearray(image)
+    if not components & X87:
+        changed[:24] = _X87_HEAD
+        changed[32:160] = bytes(128)
+    if not components & SSE:
+        changed[160:416] = bytes(256)
+    return bytes(changed)
+
+
+def in_use(image: bytes) -> int:
+    """The components that are not in their initial state, as XSAVE tells them."""
+    x87 = image[:24] != _X87_HEAD or any(image[32:160])
+    return (X87 if x87 else 0) | (SSE if any(image[160:416]) else 0)

@@ -63,6 +63,7 @@ class Mmu:
         self._efer = where.efer >> 3
         self.physical = physical
         self._on_fetch = on_fetch
+        self.fetching = False  # what the access was for that `fault` tells of
         self.c_mask = 0  # 1 << C-bit in an encrypted guest
         self.max_phys_bits = 48
         self.fault: Exception | None = None
@@ -73,6 +74,7 @@ class Mmu:
     def fill(self, _uc: int, va: int, kind: int, entry: int, _data: int) -> bool:
         """UC_HOOK_TLB_FILL. Never raises: what went wrong is left in `fault`."""
         try:
+            self.fetching = kind == uc.UC_MEM_FETCH
             self._native.save()
             write, fetch = kind == uc.UC_MEM_WRITE, kind == uc.UC_MEM_FETCH
             user = self._blob32[layout.HFLAGS >> 2] & 3 == 3

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import time
 
-from kvmapi.model.cpu.state import FS, GS, Registers
+from kvmapi.model.cpu.cpuid import EFER_SUPPORTED, Table
+from kvmapi.model.cpu.state import FS, GS, MAX_PHYS_BITS, Registers
 
 TSC, APIC_BASE, MISC_ENABLE, PAT, MTRR_CAP, MTRR_DEF = 0x10, 0x1B, 0x1A0, 0x277, 0xFE, 0x2FF
 SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP = 0x174, 0x175, 0x176
 EFER, STAR, LSTAR, CSTAR, SFMASK = 0xC0000080, 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084
 FS_BASE, GS_BASE, KERNEL_GS_BASE, TSC_AUX = 0xC0000100, 0xC0000101, 0xC0000102, 0xC0000103
 SEV_STATUS = 0xC0010131
-_EFER_SCE, _EFER_LME, _EFER_LMA, _EFER_NXE = 1, 1 << 8, 1 << 10, 1 << 11
-_EFER_VALID = _EFER_SCE | _EFER_LME | _EFER_LMA | _EFER_NXE
-_CANONICAL = frozenset((SYSENTER_ESP, SYSENTER_EIP, LSTAR, CSTAR, FS_BASE, GS_BASE, KERNEL_GS_BASE))
+_EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
+_CANONICAL = frozenset((LSTAR, CSTAR, FS_BASE, GS_BASE, KERNEL_GS_BASE))
+_ONLY_32_BITS = frozenset((SYSENTER_ESP, SYSENTER_EIP, TSC_AUX))  # AMD processors drop the others
 _PAT_TYPES = frozenset((0, 1, 4, 5, 6, 7))
+_MTRR_TYPES = frozenset((0, 1, 4, 5, 6))
+_APIC_RESERVED, _APIC_X2, _APIC_ON = 0x2FF, 1 << 10, 1 << 11
 # Unicorn executes SYSCALL, SYSENTER and SWAPGS itself: these must reach the engine through its own call.
 IN_ENGINE = (STAR, LSTAR, CSTAR, SFMASK, KERNEL_GS_BASE, SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP, TSC_AUX)
 INDEX_LIST = (
@@ -42,6 +45,13 @@ INDEX_LIST = (
 )
 
 
+def valid_apic_base(value: int) -> bool:
+    """What KVM takes for the APIC base: an address within the physical width, and x2APIC only where the APIC is on."""
+    if value & _APIC_RESERVED or value >> MAX_PHYS_BITS:
+        return False
+    return not value & _APIC_X2 or bool(value & _APIC_ON)
+
+
 class NoSuchMsr(Exception):
     """The modelled CPU does not have this MSR, or not this value in it. `known` tells the two apart."""
 
@@ -56,11 +66,12 @@ class Msrs:
     def __init__(self, registers: Registers, *, bootstrap: bool) -> None:
         self._registers = registers
         self.sev_status = 0
+        self.offered = Table([])  # the guest's CPUID
         self._tsc_offset = -_now()
         self._values = {
             APIC_BASE: 0xFEE00800 | (0x100 if bootstrap else 0),
             PAT: 0x0007040600070406,
-            MISC_ENABLE: 1,
+            MISC_ENABLE: 1 << 11 | 1 << 12,  # no BTS, no PEBS
             MTRR_CAP: 0x508,
             MTRR_DEF: 0,
             **dict.fromkeys(IN_ENGINE, 0),
@@ -98,25 +109,30 @@ class Msrs:
         if number == TSC:
             self._tsc_offset = value - _now()
             return False
+        if number in _ONLY_32_BITS:
+            value &= 0xFFFFFFFF
+        if number == APIC_BASE and not valid_apic_base(value):
+            raise NoSuchMsr(number, known=True)
+        if number == MTRR_DEF and (value & ~0xCFF or value & 0xFF not in _MTRR_TYPES):
+            raise NoSuchMsr(number, known=True)
         if number == PAT and any(value >> shift & 0xFF not in _PAT_TYPES for shift in range(0, 64, 8)):
             raise NoSuchMsr(number, known=True)
         if number not in self._values or number == MTRR_CAP:
             raise NoSuchMsr(number, known=number in self._values)
         self._values[number] = value
         if number in IN_ENGINE:
+            self._registers.native.restore()  # the blob may hold what an earlier entry of the same list changed
             self._registers.native.write_msr(number, value)
             self._registers.native.save()
         return False
 
     def _write_efer(self, value: int, host: bool) -> bool:
         old = self._registers.efer
-        if value & ~_EFER_VALID:
+        if value & ~(EFER_SUPPORTED if host else self.offered.efer_valid):
             raise NoSuchMsr(EFER, known=True)
-        if not host:
-            if (value ^ old) & _EFER_LME and self._registers.cr(0) >> 31 & 1:
-                raise NoSuchMsr(EFER, known=True)  # long mode cannot be switched while paging is on
-            value = value & ~_EFER_LMA | old & _EFER_LMA
-        self._registers.efer = value
+        if not host and (value ^ old) & _EFER_LME and self._registers.cr(0) >> 31 & 1:
+            raise NoSuchMsr(EFER, known=True)  # long mode cannot be switched while paging is on
+        self._registers.efer = value & ~_EFER_LMA | old & _EFER_LMA
         self._registers.settle()
         return True
 

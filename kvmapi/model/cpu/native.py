@@ -124,6 +124,14 @@ class Native:
         """
         return _start(self.handle, rip, 0, 0, count)
 
+    def start_until(self, rip: int, linear: int) -> int:
+        """The same, but neither execute nor look at what stands at the linear address `linear`."""
+        self.control(uc.UC_CTL_UC_USE_EXITS, _int(0))
+        try:
+            return _start(self.handle, rip, linear, 0, 0)
+        finally:
+            self.control(uc.UC_CTL_UC_USE_EXITS, _int(1))
+
     def stop(self) -> None:
         """Only from inside a callback: stopping from outside tears instructions apart."""
         _stop(self.handle)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE
-from kvmapi.model.cpu import control, sregs
+from kvmapi.model.cpu import control
 from kvmapi.model.cpu.cpuid import OSXSAVE
 from kvmapi.model.cpu.mmu import Fault, UnsupportedMode
 from kvmapi.model.cpu.msrs import NoSuchMsr
@@ -224,13 +224,15 @@ class Privileged:
 
     # ---- control registers
     def _mov_to_cr(self, site: Site) -> int | None:
-        registers = self._registers
+        registers, before = self._registers, self._cpu.cr8
         value = registers.gpr(site.register)
         if not registers.long_mode:
             value &= 0xFFFFFFFF
-        if registers.cpl or not control.write(self._cpu, site.control, value, sregs.CR4_VALID):
+        if registers.cpl or not control.write(self._cpu, site.control, value, self._cpu.cpuid.cr4_valid):
             return self._no_privilege()
         self._advance(site.length)
+        if site.control == 8 and value < before:  # user space's APIC may have an interrupt that is let through now
+            return self._page.head(kvm.KVM_EXIT_SET_TPR)
         return None
 
     def _mov_from_cr8(self, site: Site) -> int | None:

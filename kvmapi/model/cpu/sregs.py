@@ -11,7 +11,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from kvmapi.model.cpu import state
-from kvmapi.model.cpu.msrs import APIC_BASE
+from kvmapi.model.cpu.msrs import APIC_BASE, valid_apic_base
 from kvmapi.model.cpu.state import CS, DS, ES, F_DB, F_DPL_SHIFT, F_G, F_L, F_P, F_S, FS, GDT, GS, IDT, LDT, SS, TR, Segment
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ SIZE = 312
 BITMAP_AT = 280  # interrupt_bitmap; struct kvm_sregs2 has its flags and PDPTRs there
 _CR0_PE, _CR0_PG, _CR0_NW, _CR0_CD = 1, 1 << 31, 1 << 29, 1 << 30
 _CR4_PAE = 1 << 5
-CR4_VALID = 0x3 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 16 | 1 << 18 | 1 << 20 | 1 << 21
 _EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
 
 
@@ -39,10 +38,10 @@ def reset(cpu: Cpu) -> None:
     registers.rip = 0xFFF0
     registers.set_flags(2)
     for number in (ES, SS, DS, FS, GS):
-        registers.set_segment(number, Segment(0, 0, 0xFFFF, F_P | F_S | 3 << 8))
-    registers.set_segment(CS, Segment(0xF000, 0xFFFF0000, 0xFFFF, F_P | F_S | 0xB << 8))
+        registers.set_segment(number, Segment(0, 0, 0xFFFF, F_P | F_S | 2 << 8))
+    registers.set_segment(CS, Segment(0xF000, 0xFFFF0000, 0xFFFF, F_P | F_S | 0xA << 8))
     registers.set_segment(LDT, Segment(0, 0, 0xFFFF, F_P | 2 << 8))
-    registers.set_segment(TR, Segment(0, 0, 0xFFFF, F_P | 0xB << 8))
+    registers.set_segment(TR, Segment(0, 0, 0xFFFF, F_P | 3 << 8))
     for number in (GDT, IDT):
         registers.set_segment(number, Segment(0, 0, 0xFFFF, 0))
     registers.set_cr(0, 0x60000010)
@@ -53,21 +52,30 @@ def reset(cpu: Cpu) -> None:
     cpu.changed = True
 
 
-def _pack_segment(segment: Segment) -> bytes:
+def _pack_segment(number: int, segment: Segment) -> bytes:
+    """struct kvm_segment as kvm_amd gives it: G is made from the limit, not present is unusable, a data segment that is
+    there has been accessed, and the task register's is busy.
+    """
     flags = segment.flags
+    kind, present = flags >> 8 & 15, flags >> 15 & 1
+    if number == TR:
+        kind |= 2
+    elif number in (DS, ES, FS, GS):
+        kind |= present
+    big = flags >> 22 & 1 if present or number != SS else 0
     return _SEGMENT.pack(
         segment.base,
         segment.limit,
         segment.selector,
-        flags >> 8 & 15,
-        flags >> 15 & 1,
+        kind,
+        present,
         flags >> F_DPL_SHIFT & 3,
-        flags >> 22 & 1,
+        big,
         flags >> 12 & 1,
         flags >> 21 & 1,
-        flags >> 23 & 1,
+        segment.limit > 0xFFFFF,
         flags >> 20 & 1,
-        0 if flags & F_P else 1,
+        1 - present,
         0,
     )
 
@@ -75,7 +83,7 @@ def _pack_segment(segment: Segment) -> bytes:
 def pack(cpu: Cpu) -> bytes:
     """struct kvm_sregs."""
     registers = cpu.registers
-    out = b"".join(_pack_segment(registers.segment(number)) for number in _ORDER)
+    out = b"".join(_pack_segment(number, registers.segment(number)) for number in _ORDER)
     for number in (GDT, IDT):
         table = registers.segment(number)
         out += _TABLE.pack(table.base, table.limit & 0xFFFF)
@@ -92,7 +100,7 @@ def unpack(cpu: Cpu, data: bytes, c_mask: int) -> bool:
     tables = [_TABLE.unpack_from(data, at + _TABLE.size * number) for number in range(2)]
     cr0, cr2, cr3, cr4, cr8, efer, apic_base = _CONTROL.unpack_from(data, at + 2 * _TABLE.size)
     code_l = rows[0][8]
-    if not _valid(cr0, cr3, cr4, cr8, efer, bool(code_l), c_mask):
+    if not _valid(cpu, cr0, cr3, cr4, efer, bool(code_l), c_mask) or not valid_apic_base(apic_base):
         return False
     registers = cpu.registers
     for number, row in zip(_ORDER, rows):
@@ -101,7 +109,10 @@ def unpack(cpu: Cpu, data: bytes, c_mask: int) -> bool:
         registers.set_segment(number, Segment(0, base, limit, 0))
     for number, value in ((0, cr0 | 0x10), (2, cr2), (3, cr3), (4, cr4)):
         registers.set_cr(number, value)
-    cpu.cr8 = cr8
+    if not cr8 >> 4:  # KVM does not tell user space that it has not taken a wrong one
+        cpu.cr8 = cr8
+    cpu.refuses_entry = bool(efer & _EFER_LMA and code_l & 1 and rows[0][6] & 1)
+    cpu.attention |= cpu.refuses_entry
     registers.efer = efer
     cpu.msrs.write(APIC_BASE, apic_base, host=True)
     registers.settle()
@@ -112,15 +123,15 @@ def unpack(cpu: Cpu, data: bytes, c_mask: int) -> bool:
 def _unpack_segment(row: tuple[int, ...]) -> Segment:
     base, limit, selector, kind, present, dpl, db, s, long, granularity, avl, unusable, _ = row
     flags = (kind & 15) << 8 | (dpl & 3) << F_DPL_SHIFT | (s & 1) << 12
-    flags |= (F_DB if db else 0) | (F_L if long else 0) | (F_G if granularity else 0) | (1 << 20 if avl else 0)
-    if present and not unusable:
+    flags |= (F_DB if db & 1 else 0) | (F_L if long & 1 else 0) | (F_G if granularity & 1 else 0) | (1 << 20 if avl & 1 else 0)
+    if present & 1 and not unusable:
         flags |= F_P
     return Segment(selector, base, limit, flags)
 
 
-def _valid(cr0: int, cr3: int, cr4: int, cr8: int, efer: int, code_l: bool, c_mask: int) -> bool:
-    # EFER's reserved bits and CS.L with CS.D are not KVM's business here: the processor refuses them at entry.
-    if cr4 & ~CR4_VALID or cr8 >> 4:
+def _valid(cpu: Cpu, cr0: int, cr3: int, cr4: int, efer: int, code_l: bool, c_mask: int) -> bool:
+    # CS.L with CS.D is not KVM's business: the processor refuses it at entry.
+    if cr4 & ~cpu.cpuid.cr4_valid or efer & ~cpu.cpuid.efer_valid:
         return False
     if cr0 >> 32 or (cr0 & _CR0_PG and not cr0 & _CR0_PE) or (cr0 & _CR0_NW and not cr0 & _CR0_CD):
         return False

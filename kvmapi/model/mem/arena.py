@@ -14,14 +14,14 @@ import os
 
 PAGE = 4096
 FRAMES = 512
-_SYS_MEMFD_SECRET = 447  # x86-64 and the generic table
+SYS_MEMFD_SECRET = 447  # x86-64 and the generic table
 _MADV_DONTDUMP = 16
 _libc = ctypes.CDLL(None, use_errno=True)
 _mprotect = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)(("mprotect", _libc))
 
 
 def _secret_mapping(size: int) -> mmap.mmap | None:
-    fd = _libc.syscall(_SYS_MEMFD_SECRET, os.O_CLOEXEC)
+    fd = _libc.syscall(SYS_MEMFD_SECRET, os.O_CLOEXEC)
     if fd < 0:
         return None
     try:

@@ -8,8 +8,8 @@ There are two physical address spaces, secure and shared, and three rules for ch
 - SEV: the C-bit of the access chooses; both are the same page of the caller's memory, seen decrypted or as it is.
 
 Backings reach the engine as *windows*: ranges of host memory at an engine-physical address of their own, mapped into
-each vCPU's engine when it first needs them. A window never moves; when its memory goes away, it is dropped from every
-engine before the ioctl returns.
+each vCPU's engine when it first needs them. A window never moves, not even when its slot does; when its memory goes
+away, no engine uses it from before the ioctl returns, and each unmaps it before it runs again.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kvmapi.model.memslots import Memslots, Slot
 
 _WINDOW_ALIGN = 1 << 30
+_TOP = 1 << 51  # end of the engine's physical addresses that windows may have
 
 
 class Refused(Exception):
@@ -55,6 +56,13 @@ class Window:
     owner: object
 
 
+def mark_dirty(slot: Slot, gfn: int) -> None:
+    """The page is about to be stored to, and its slot keeps a log."""
+    if slot.dirty is not None:
+        index = gfn - slot.gfn
+        slot.dirty[index >> 3] |= 1 << (index & 7)
+
+
 class Physical:
     """Guest-physical memory of a plain VM, and what the other kinds share."""
 
@@ -64,7 +72,9 @@ class Physical:
         self.generation = 0  # counts changes after which every vCPU must drop its translations
         self.code_generation = 0  # counts changes after which translated blocks may be wrong
         self.windows: dict[int, Window] = {}  # by id(owner)
+        self.dropped = 0  # counts windows that went away
         self._next_base = _WINDOW_ALIGN
+        self._free: dict[int, list[int]] = {}  # addresses of dropped windows, by their span
         self._readable: BitMap64 = BitMap64()  # caller's pages seen to be there
         self._writable: BitMap64 = BitMap64()
         self._words: dict[tuple[int, bool], memoryview] = {}
@@ -96,6 +106,10 @@ class Physical:
         if slot is not None and not slot.readonly:
             self.page(gfn, encrypted, write=True).cast("Q")[index] = value
 
+    def populate(self, gfn: int) -> None:
+        """Fault a page in, as a read of the guest would, without entering it anywhere. Raises Refused."""
+        self.locate(gfn, False, False)
+
     # ---- entering and leaving KVM_RUN
     def enter(self) -> None:
         """A vCPU enters."""
@@ -110,20 +124,24 @@ class Physical:
             raise Refused("mmio", gfn * PAGE)
         return slot
 
-    def _in_caller(self, gfn: int, slot: Slot, write: bool) -> tuple[Window, int, bool]:
+    def _check_caller(self, gfn: int, slot: Slot, write: bool) -> None:
+        """Is the caller's page there, for this access? Raises Refused."""
         hva = slot.hva_of(gfn)
         page = hva // PAGE
-        if page not in (self._writable if write else self._readable):
+        known = self._writable if write else self._readable
+        if page not in known:
             if not self.memory.accessible(hva, write):
                 raise Refused("hva", gfn * PAGE)
-            (self._writable if write else self._readable).add(page)
+            known.add(page)
+
+    def _in_caller(self, gfn: int, slot: Slot, write: bool) -> tuple[Window, int, bool]:
+        self._check_caller(gfn, slot, write)
         if write and slot.dirty is not None:
-            index = gfn - slot.gfn
-            slot.dirty[index >> 3] |= 1 << (index & 7)
-        window = self.windows.get(id(slot))
+            mark_dirty(slot, gfn)
+        window = self.windows.get(id(slot.backing_key))
         if window is None:
             size = slot.pages * PAGE
-            window = self._add_window(slot, size, self.memory.pointer(slot.hva, size))
+            window = self._add_window(slot.backing_key, size, self.memory.pointer(slot.hva, size))
         return window, (gfn - slot.gfn) * PAGE, write
 
     def _in_gmem(self, gfn: int, slot: Slot, private: bool) -> tuple[Window, int, bool]:
@@ -137,15 +155,29 @@ class Physical:
         return window, (slot.gmem_page + gfn - slot.gfn) * PAGE, True
 
     def _add_window(self, owner: object, size: int, pointer: int) -> Window:
-        """Give host memory an engine-physical address. Windows are 1 GiB aligned and never reuse an address."""
-        window = Window(self._next_base, size, pointer, owner)
-        self._next_base += (size + _WINDOW_ALIGN) & -_WINDOW_ALIGN
-        self.windows[id(owner)] = window
+        """Give host memory an engine-physical address, at least a page away from every other window: spans are powers
+        of two from 1 GiB on. An address is used again only after its window was dropped, and every engine unmaps
+        that one before it maps another. MemoryError when no address is left.
+        """
+        span = max(_WINDOW_ALIGN, 1 << (size + PAGE - 1).bit_length())
+        free = self._free.get(span)
+        if free:
+            base = free.pop()
+        else:
+            base = self._next_base
+            if base + span > _TOP:
+                raise MemoryError
+            self._next_base = base + span
+        window = self.windows[id(owner)] = Window(base, size, pointer, owner)
         return window
 
     def drop_window(self, owner: object) -> None:
         """The owner's memory goes away."""
-        self.windows.pop(id(owner), None)
+        window = self.windows.pop(id(owner), None)
+        if window is not None:
+            self.dropped += 1
+            span = max(_WINDOW_ALIGN, 1 << (window.size + PAGE - 1).bit_length())
+            self._free.setdefault(span, []).append(window.base)
         self.changed()
 
     def flush(self) -> None:
@@ -231,7 +263,9 @@ class EncryptedPhysical(Physical):
         if hva // PAGE in self._raw_pages:
             self.flush()
         # Ciphertext goes back on the way out, so the caller's page must take a store even if the guest only reads.
-        self._in_caller(gfn, slot, write=not slot.readonly)
+        self._check_caller(gfn, slot, write=not slot.readonly)
+        if write and slot.dirty is not None:
+            mark_dirty(slot, gfn)
         frame = secure.frame(hva, self.memory.pointer(hva, PAGE), write)
         window = self.windows.get(id(secure))
         if window is None:
@@ -245,6 +279,11 @@ class EncryptedPhysical(Physical):
             return
         self.words(gfn, encrypted)[index] = value  # not through a TLB: the frame is unsaved once, not for good
         secure.mark_unsaved(slot.hva_of(gfn))
+        if slot.dirty is not None:
+            mark_dirty(slot, gfn)
+
+    def populate(self, gfn: int) -> None:
+        self._check_caller(gfn, self._slot(gfn, write=False), write=False)  # neither view of the page is touched
 
     def executed(self, gfn: int) -> None:
         """Translated blocks come from this page: when its frame is given up they must go too."""
