@@ -11,7 +11,7 @@ import sys
 
 from benchlib.entry import ENTRIES, progress
 
-MODULES = ("exits", "model", "process", "gpamap", "cheap")
+MODULES = ("exits", "model", "process", "gpamap", "cheap", "model_ioctls")
 
 
 def main() -> int:
