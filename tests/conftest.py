@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import subprocess
 import urllib.parse
 from collections.abc import Iterator
 from functools import cache
@@ -26,7 +27,11 @@ DOCTOR_KINDS = {
 }  # fmt: skip
 """Marker -> what vmm.doctor.reason_missing calls it."""
 
-KINDS = (*DOCTOR_KINDS, "network")
+KINDS = (*DOCTOR_KINDS, "network", "lab")
+
+IN_LAB = os.environ.get("SEVMM_IN_LAB") == "1"
+PATIENCE = 10 if IN_LAB else 1
+"""Limits of time are multiplied by this: the lab's CPU is emulated, about ten times slower."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -52,6 +57,8 @@ def missing(kind: str) -> str | None:
     """Why `kind` is not here and how to get it; None when it is. Asked once per session."""
     if kind == "network":
         return _no_network()
+    if kind == "lab":
+        return None if IN_LAB else _no_lab()
     from vmm.doctor import reason_missing
 
     reason = reason_missing(DOCTOR_KINDS[kind])
@@ -68,6 +75,13 @@ def _no_network() -> str | None:
     except OSError as error:
         return f"needs network: {target.hostname}:{port} cannot be reached ({error}); get it: a network, or PIP_INDEX_URL of a mirror"
     return None
+
+
+def _no_lab() -> str | None:
+    """A test of kind `lab` runs inside it, or starts it."""
+    status = subprocess.run([str(Path(__file__).parents[1] / "scripts" / "lab"), "status"], capture_output=True, text=True, check=False)
+    last = (status.stdout.strip().splitlines() or ["scripts/lab status says nothing"])[-1]
+    return None if status.returncode == 0 else f"needs the lab: {last}; get it: scripts/lab setup"
 
 
 def require(config: pytest.Config, kind: str) -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import caps, ioctls, kvm, structs, vcpu
+from kvmapi.buffers import HeaderAndEntries
 from vmm import boot, kick
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ KICK_AFTER = 0.05
 _CODE = b"\x0f\x01\xd9\xf4"  # vmmcall; hlt
 _ENTRY = 0x100000
 _MEMORY = 16 << 20
+_CPUID_ROOM = 256
 _HYPERCALL_MASK = 1 << kvm.KVM_HC_MAP_GPA_RANGE
 
 
@@ -80,10 +82,19 @@ def _ask(host: Host) -> bool:
         _result(host.ioctl(vm, ioctls.KVM_SET_USER_MEMORY_REGION, ctypes.addressof(region)))
         cpu = _result(host.ioctl(vm, ioctls.KVM_CREATE_VCPU, 0))
         stack.callback(host.close, cpu)
+        _cpuid(host, system, cpu)
         _registers(host, cpu)
         run = host.mmap(cpu, _result(host.ioctl(system, ioctls.KVM_GET_VCPU_MMAP_SIZE, 0)), 3, mmap.MAP_SHARED, 0)
         stack.callback(run.close)
         return _run(host, cpu, run)
+
+
+def _cpuid(host: Host, system: int, cpu: int) -> None:
+    """What the host supports: without long mode in the guest's CPUID, KVM refuses a guest in long mode."""
+    table = HeaderAndEntries(vcpu.kvm_cpuid2, vcpu.kvm_cpuid_entry2, _CPUID_ROOM)
+    table.header.nent = _CPUID_ROOM
+    _result(host.ioctl(system, ioctls.KVM_GET_SUPPORTED_CPUID, ctypes.addressof(table.header)))
+    _result(host.ioctl(cpu, ioctls.KVM_SET_CPUID2, ctypes.addressof(table.header)))
 
 
 def _registers(host: Host, cpu: int) -> None:

@@ -12,6 +12,7 @@ from boot_image import symbol
 from elftools.elf.elffile import ELFFile
 
 from guest import build, catalogue
+from tests.conftest import PATIENCE
 
 NAMES = [guest.name for guest in catalogue.GUESTS]
 
@@ -70,7 +71,7 @@ def test_hit_is_fast_and_leaves_nothing_beside(cache: Path) -> None:
     first = build.build("hello")
     status = first.stat()
     best = min(_timed("hello") for _ in range(20))
-    assert best < 0.003
+    assert best < 0.003 * PATIENCE
     assert first.stat() == status
     assert [path.name for path in cache.rglob("*") if path.is_file()] == ["hello.elf"]
 

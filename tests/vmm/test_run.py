@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from guest import patterns
+from tests.conftest import PATIENCE
 from tests.vmm import flat
 from vmm.machine import Machine
 from vmm.run import GuestRequest, run_guest
@@ -248,7 +249,7 @@ def test_a_guest_that_converts_for_ever_is_bounded(model_host: Any, tmp_path: Pa
     monkeypatch.setattr(conversion.Converter.__init__, "__defaults__", (None, 50))
     # mov ecx pages etc. once, then: 1: mov eax, 12; xor dl, 0x10; vmmcall; jmp 1b
     code = flat.hypercall(0x800000, 1, 0) + b"\xb8\x0c\x00\x00\x00\x80\xf2\x10\x0f\x01\xd9\xeb\xf3"
-    report = run(flat.write(tmp_path, code), type="sev", host=model_host, timeout=0.5)
+    report = run(flat.write(tmp_path, code), type="sev", host=model_host, timeout=0.5 * PATIENCE)
     assert report.result == "timeout"
     assert report.conversions_total > 500
     assert len(report.conversions) == 50
