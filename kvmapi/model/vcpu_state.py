@@ -305,7 +305,8 @@ class VcpuState:
             vm.physical.enter()
             try:
                 if self._cpu.registers.cr(0) >> 31 & 1:
-                    gfn, _, _ = self._cpu.mmu.translate(va & -PAGE, write=False, fetch=False, user=False)
+                    low = va & 0xFFFFFFFFF000  # KVM's walk does not ask for a canonical address
+                    gfn, _, _ = self._cpu.mmu.translate(low | (0xFFFF << 48 if low >> 47 else 0), write=False, fetch=False, user=False)
                     found = (gfn * PAGE | va & (PAGE - 1), 1)
                 else:
                     found = (va, int(va != 0xFFFFFFFFFFFFFFFF))  # all ones is KVM's "no address"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from errno import EINVAL
+from errno import EEXIST, EINVAL
 from typing import Any
 
 from kvmapi.abi import caps
@@ -36,6 +36,11 @@ def has_smm(side: Any) -> bool:
     return bool(side.vm.check_extension(caps.KVM_CAP_MULTI_ADDRESS_SPACE) > 1)
 
 
+def has_la57(side: Any) -> bool:
+    """Five levels of paging on offer."""
+    return any(leaf.function == 7 and leaf.index == 0 and leaf.ecx >> 16 & 1 for leaf in side.system.supported_cpuid())
+
+
 def has_nested(side: Any) -> bool:
     """Guests of guests."""
     return bool(side.vm.check_extension(caps.KVM_CAP_NESTED_STATE))
@@ -58,6 +63,7 @@ def _cap(*numbers: int) -> Callable[[Any], bool]:
     return lambda step: step.what == "KVM_CHECK_EXTENSION" and step.fields["cap"] in numbers
 
 
+_ADDRESSES = {"0xc0000082", "0xc0000083", "0xc0000100", "0xc0000101", "0xc0000102"}
 _SEGMENTS = ("cs.", "ds.", "es.", "fs.", "gs.", "ss.", "tr.", "ldt.")
 
 
@@ -107,6 +113,13 @@ RULES: tuple[Known, ...] = (
         lacks("hardware virtualization"),
     ),
     Known(
+        "binding a guest_memfd range twice",
+        "EINVAL on earlier kernels, EEXIST since",
+        lambda step: step.what == "KVM_SET_USER_MEMORY_REGION2" and (step.model, step.kernel) == (-EEXIST, -EINVAL),
+        lacks("hardware virtualization"),
+        ends=False,
+    ),
+    Known(
         "a slot on a mappable guest_memfd",
         "a paravirtual KVM's guest uses the slot's user memory; KVM with two-dimensional paging the file",
         lambda step: step.what.startswith("guest ") and step.fields.get("mappable", False),
@@ -131,6 +144,18 @@ RULES: tuple[Known, ...] = (
         "variable MTRRs, TSC_ADJUST and the microcode's revision do not exist in the model",
         lambda step: step.what in ("KVM_SET_MSRS", "KVM_GET_MSRS") and bool({"0x3b", "0x8b", "0x200"} & set(step.fields)),
         always,
+    ),
+    Known(
+        "MSR values that KVM itself refuses or cuts",
+        "a paravirtual KVM does not check PAT and keeps all bits of SYSENTER_ESP and SYSENTER_EIP, which AMD processors do not have",
+        lambda step: step.what in ("KVM_SET_MSRS", "KVM_GET_MSRS") and bool({"0x175", "0x176", "0x277"} & set(step.fields)),
+        lacks("hardware virtualization"),
+    ),
+    Known(
+        "addresses of 57 bits",
+        "canonical is what the host's widest addresses are; the model's have 48 bits",
+        lambda step: step.what == "KVM_SET_MSRS" and bool(_ADDRESSES & set(step.fields)),
+        has_la57,
     ),
     Known(
         "MISC_ENABLE after reset",

@@ -179,13 +179,17 @@ class Files(RuleBasedStateMachine):
     def store(self, page: int, value: int) -> None:
         self.act("store", page * PAGE + 8, value)
         self.act("load", page * PAGE + 8)
-        self.pair.see("the VMM's memory", lambda side: bytes(side.arena[: 32 * PAGE]))
+        self.pair.see("the VMM's memory", lambda side: bytes(side.arena[: 32 * PAGE]), what="guest store", fields=self.mappable())
+
+    def mappable(self) -> dict[str, bool]:
+        """For the rules: is there a file that can be mapped?"""
+        return {"mappable": any(file.flags & MMAP for file in self.pair.model.files)}
 
     def act(self, name: str, offset: int, value: int = 0) -> None:
         words = f"guest: {name} {BASE + offset:#x}{f', {value:#x}' if name == 'store' else ''}"
         self.pair.see(
             words, lambda side: side.act(name, BASE + offset, value), what=f"guest {name}",
-            fields={"mappable": any(file.flags & MMAP for file in self.pair.model.files)},
+            fields=self.mappable(),
         )  # fmt: skip
 
 

@@ -84,6 +84,7 @@ class Table:
         self._plain = {row.function: row for row in rows if not row.flags & INDEXED}
         self.cr4_valid = CR4_ALWAYS | self._offered(_CR4_OFFERED)
         self.efer_valid = 1 | self._offered(_EFER_OFFERED)
+        self.x2apic = bool(self._offered(((0, 1, "ecx", 21),)))
 
     def _offered(self, bits: tuple[tuple[int, int, str, int], ...]) -> int:
         """The control register bits that this table offers."""

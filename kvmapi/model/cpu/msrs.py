@@ -45,11 +45,13 @@ INDEX_LIST = (
 )
 
 
-def valid_apic_base(value: int) -> bool:
-    """What KVM takes for the APIC base: an address within the physical width, and x2APIC only where the APIC is on."""
+def valid_apic_base(value: int, offered: Table) -> bool:
+    """What KVM takes for the APIC base: an address within the physical width, and x2APIC only where CPUID offers it and
+    the APIC is on.
+    """
     if value & _APIC_RESERVED or value >> MAX_PHYS_BITS:
         return False
-    return not value & _APIC_X2 or bool(value & _APIC_ON)
+    return not value & _APIC_X2 or bool(value & _APIC_ON and offered.x2apic)
 
 
 class NoSuchMsr(Exception):
@@ -111,7 +113,7 @@ class Msrs:
             return False
         if number in _ONLY_32_BITS:
             value &= 0xFFFFFFFF
-        if number == APIC_BASE and not valid_apic_base(value):
+        if number == APIC_BASE and not valid_apic_base(value, self.offered):
             raise NoSuchMsr(number, known=True)
         if number == MTRR_DEF and (value & ~0xCFF or value & 0xFF not in _MTRR_TYPES):
             raise NoSuchMsr(number, known=True)

@@ -100,14 +100,14 @@ def unpack(cpu: Cpu, data: bytes, c_mask: int) -> bool:
     tables = [_TABLE.unpack_from(data, at + _TABLE.size * number) for number in range(2)]
     cr0, cr2, cr3, cr4, cr8, efer, apic_base = _CONTROL.unpack_from(data, at + 2 * _TABLE.size)
     code_l = rows[0][8]
-    if not _valid(cpu, cr0, cr3, cr4, efer, bool(code_l), c_mask) or not valid_apic_base(apic_base):
+    if not _valid(cpu, cr0, cr3, cr4, efer, bool(code_l), c_mask) or not valid_apic_base(apic_base, cpu.cpuid):
         return False
     registers = cpu.registers
     for number, row in zip(_ORDER, rows):
         registers.set_segment(number, _unpack_segment(row))
     for number, (base, limit) in zip((GDT, IDT), tables):
         registers.set_segment(number, Segment(0, base, limit, 0))
-    for number, value in ((0, cr0 | 0x10), (2, cr2), (3, cr3), (4, cr4)):
+    for number, value in ((0, cr0), (2, cr2), (3, cr3), (4, cr4)):
         registers.set_cr(number, value)
     if not cr8 >> 4:  # KVM does not tell user space that it has not taken a wrong one
         cpu.cr8 = cr8
