@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,9 @@ from fuzzlib.fuzzer import Plan, child
 
 TREE = Path(__file__).resolve().parents[2]
 _CHILD = "import sys; sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]; from fuzzlib.main import main; sys.exit(main())"
+
+
+_ENVIRONMENT = {**os.environ, "MALLOC_ARENA_MAX": "1"}  # with an arena per thread, what the allocator keeps would look like a leak
 
 
 def main() -> int:
@@ -63,7 +67,7 @@ def _run(plan: Plan, path: Path, log: Log) -> tuple[int, dict[str, Any] | None, 
     for name in ("calls", "seed", "threads", "seconds"):
         command += [f"--{name}", str(getattr(plan, name))]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=out, stderr=errors, cwd=TREE)
+        process = subprocess.Popen(command, stdout=out, stderr=errors, cwd=TREE, env=_ENVIRONMENT)
         try:
             _progress(process, plan, log)
         finally:

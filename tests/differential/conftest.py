@@ -1,7 +1,7 @@
-"""The hypothesis profile of these tests: the same examples every time, within a fixed budget; SEVMM_DEEP=1 for long, random runs.
+"""The hypothesis profile of these tests: the same examples every time, within a fixed budget; SEVMM_DEEP=N for long, random runs.
 
-With SEVMM_DEEP=1 each machine runs 20 times as many and longer sequences, different each time; hypothesis prints what is needed to
-repeat a failure. SEVMM_SURVEY=1 lists all disagreements instead of failing at the first.
+With SEVMM_DEEP=20, say, each machine runs 20 times as many sequences, twice as long and different each time; hypothesis prints what is
+needed to repeat a failure. SEVMM_SURVEY=1 lists all disagreements instead of failing at the first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from tests.conftest import require
 from tests.differential.pair import SURVEY
 
-DEEP = os.environ.get("SEVMM_DEEP") == "1"
+DEEP = int(os.environ.get("SEVMM_DEEP", "0"))
+"""How many times as many sequences; 0: those of CI."""
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -37,13 +38,13 @@ def drive(request: pytest.FixtureRequest) -> Callable[..., None]:
         for name, value in attributes.items():
             setattr(machine, name, value)
         chosen = settings(
-            max_examples=examples * (20 if DEEP else 1),
+            max_examples=examples * (DEEP or 1),
             stateful_step_count=steps * (2 if DEEP else 1),
             derandomize=not DEEP,
             database=None,
             deadline=None,
             phases=(Phase.generate, Phase.shrink),
-            print_blob=DEEP,
+            print_blob=bool(DEEP),
             suppress_health_check=list(HealthCheck),
         )
         run_state_machine_as_test(machine, settings=chosen)
