@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 from tests.conftest import require
 from tests.differential.pair import SURVEY
 
+SHOWN = 60
 DEEP = int(os.environ.get("SEVMM_DEEP", "0"))
 """How many times as many sequences; 0: those of CI."""
 
@@ -26,6 +27,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section(f"{len(SURVEY)} disagreements")
         for log in sorted(SURVEY.values(), key=lambda log: log[-1]):
             terminalreporter.line(f"E   {log[-1]}   # step {len(log)}")
+            for line in log[-SHOWN:-1] if len(SURVEY) <= 10 else ():
+                terminalreporter.line(f"        {line}")
 
 
 @pytest.fixture

@@ -113,6 +113,18 @@ RULES: tuple[Known, ...] = (
         lacks("hardware virtualization"),
     ),
     Known(
+        "beyond the physical address width",
+        "a machine's own: the model has 48 bits, as EPYC has",
+        lambda step: step.what.startswith("KVM_SET_USER_MEMORY_REGION") and step.fields.get("guest_phys_addr", 0) >> 36 > 0,
+        lacks("wide GPAs"),
+    ),
+    Known(
+        "an attribute where no slot is",
+        "KVM remembers that a page was MMIO until memory slots change, though the page has become private; the model looks again",
+        lambda step: step.what.startswith("guest ") and "MemoryFault" in str(step.model) and "Mmio(" in str(step.kernel),
+        lambda side: feature(side, "memory attributes"),
+    ),
+    Known(
         "binding a guest_memfd range twice",
         "EINVAL on earlier kernels, EEXIST since",
         lambda step: step.what == "KVM_SET_USER_MEMORY_REGION2" and (step.model, step.kernel) == (-EEXIST, -EINVAL),
