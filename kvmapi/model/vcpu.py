@@ -58,7 +58,6 @@ class VcpuFile(File):
         vm.acquire()
         sregs.reset(self.cpu)
         fpu.reset(self.cpu)
-        self.cpu.changed = True
         self.handlers = {
             ioctls.KVM_RUN: self._run,
             ioctls.KVM_PRE_FAULT_MEMORY: self._locked(partial(pre_fault, self)),

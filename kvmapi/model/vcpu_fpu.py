@@ -73,7 +73,7 @@ class FpuState:
         return 0
 
     def _get_xcrs(self, arg: int, caller: Caller) -> int:
-        value = struct.unpack_from("<Q", self._cpu.native.blob, self._cpu.where.xcr0)[0]
+        value = struct.unpack_from("<Q", self._cpu.native.state, self._cpu.where.xcr0)[0]
         caller.memory.write(arg, struct.pack("<IIIIQ", 1, 0, 0, 0, value).ljust(_XCRS_SIZE, b"\0"))
         return 0
 
@@ -88,7 +88,6 @@ class FpuState:
                 continue  # only XCR0 exists; KVM passes over the others, and does not look behind it
             if value & ~fpu.SUPPORTED or not value & fpu.X87:
                 raise Errno(errno.EINVAL)
-            struct.pack_into("<Q", self._cpu.native.blob, self._cpu.where.xcr0, value)
-            self._cpu.changed = True
+            struct.pack_into("<Q", self._cpu.native.state, self._cpu.where.xcr0, value)
             break
         return 0

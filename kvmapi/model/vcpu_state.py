@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvmapi.model.vcpu import VcpuFile
 
 REGS = struct.Struct("<18Q")
-_BLOB_REGS = struct.Struct("<17Q")  # 16 registers in the encoder's order, and RIP
+_NATIVE_REGS = struct.Struct("<17Q")  # 16 registers in the encoder's order, and RIP
 _CPUID_ENTRY = struct.Struct("<IIIIIII12x")
 _MSR_ENTRY = struct.Struct("<IIQ")
 _MAX_MSRS = 256
@@ -86,24 +86,19 @@ class VcpuState:
     # ---- general registers (also for kvm_run.s.regs)
     def pack_regs(self) -> bytes:
         """struct kvm_regs: rax rbx rcx rdx rsi rdi rsp rbp r8-r15 rip rflags."""
-        rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, *high, rip = _BLOB_REGS.unpack_from(self._cpu.native.blob, layout.REGS)
+        rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, *high, rip = _NATIVE_REGS.unpack_from(self._cpu.native.state, layout.REGS)
         return REGS.pack(rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, *high, rip, self._flags())
 
     def unpack_regs(self, data: bytes) -> None:
         """Apply struct kvm_regs. KVM refuses nothing here."""
         rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, *high, rip, rflags = REGS.unpack(data)
-        _BLOB_REGS.pack_into(self._cpu.native.blob, layout.REGS, rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, *high, rip)
+        _NATIVE_REGS.pack_into(self._cpu.native.state, layout.REGS, rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, *high, rip)
         self._cpu.registers.set_flags(rflags)
         self._cpu.events.forget_pending()  # as KVM: what was pending belonged to the old state
         self._cpu.debug.registers_set()
-        self._cpu.changed = True
 
     def _flags(self) -> int:
-        cpu = self._cpu
-        if cpu.changed:
-            cpu.native.restore()
-            cpu.changed = False
-        return cpu.native.flags() | 2
+        return self._cpu.native.flags() | 2
 
     def _get_regs(self, arg: int, caller: Caller) -> int:
         caller.memory.write(arg, self.pack_regs())
@@ -162,7 +157,7 @@ class VcpuState:
 
     # ---- debug registers and guest debugging
     def _get_debugregs(self, arg: int, caller: Caller) -> int:
-        registers = struct.unpack_from("<8Q", self._cpu.native.blob, self._cpu.where.debug)
+        registers = struct.unpack_from("<8Q", self._cpu.native.state, self._cpu.where.debug)
         caller.memory.write(arg, _DEBUGREGS.pack(*registers[:4], registers[6], registers[7], 0))
         return 0
 
@@ -170,8 +165,7 @@ class VcpuState:
         *addresses, dr6, dr7, flags = _DEBUGREGS.unpack(caller.memory.read(arg, _DEBUGREGS.size))
         if flags or dr6 >> 32 or dr7 >> 32:
             raise Errno(errno.EINVAL)
-        struct.pack_into("<4Q16xQQ", self._cpu.native.blob, self._cpu.where.debug, *addresses, dr6, dr7)
-        self._cpu.changed = True
+        struct.pack_into("<4Q16xQQ", self._cpu.native.state, self._cpu.where.debug, *addresses, dr6, dr7)
         return 0
 
     def _set_guest_debug(self, arg: int, caller: Caller) -> int:
@@ -291,7 +285,7 @@ class VcpuState:
         done = 0
         for number, _, value in self._msr_entries(arg, caller):
             try:
-                self._cpu.changed |= self._cpu.msrs.write(number, value, host=True)
+                self._cpu.msrs.write(number, value, host=True)
             except NoSuchMsr:
                 break
             done += 1

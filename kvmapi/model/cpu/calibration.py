@@ -57,8 +57,7 @@ class _Probe:
 
     def run(self) -> bytes:
         self.native.start(_CODE_AT)
-        self.native.save()
-        return bytes(self.native.blob)
+        return bytes(self.native.state)
 
     def structure(self) -> bytes:
         """The first page of the engine's own structure, read so that a smaller allocation is no crash."""
@@ -81,8 +80,7 @@ def run() -> Layout:
     native.write_wide(x86.UC_X86_REG_FP0, b"ten  marks")
     native.write_msr(_TSC_AUX, 0x13572468)
     native.write_register(x86.UC_X86_REG_DR7, 0x2AAAAAAA00000400)
-    native.save()
-    blob = bytes(native.blob)
+    blob = bytes(native.state)
     for offset, value in _MARKS.values():
         expect(blob[offset : offset + 8] == struct.pack("<Q", value), "its registers")
     hflags = struct.unpack_from("<I", blob, layout.HFLAGS)[0]

@@ -30,7 +30,6 @@ def write(cpu: Cpu, number: int, value: int, cr4_valid: int) -> bool:
     accepted = _write_cr0(cpu, value) if number == 0 else _write_cr4(cpu, value, cr4_valid)
     if accepted:
         cpu.registers.settle()
-        cpu.changed = True
         cpu.mmu.generation = -1  # translations depend on PG, WP, PAE, SMEP, SMAP: drop them
     return accepted
 

@@ -8,8 +8,8 @@
 3. a stop hook: a sensitive instruction is next (code.py), and is executed here;
 4. a kick: someone wants the vCPU or the engine lock.
 
-The blob holds the registers between stops. RIP is passed to the engine at each start; `changed` says that more than
-RIP was edited.
+The engine's CPU structure holds the registers and is edited in place between stops (state.py); RIP is passed to the
+engine at each start.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ class Cpu:
         self.events = Events(self)
         self.debug = GuestDebug(self)
         self.mmio = MmioUnit(self)
-        self.changed = False
         self.refuses_entry = False  # a state that the processor does not enter the guest with
         self.attention = False  # events or debugging want a look before the guest is entered
         self.cr8 = 0
@@ -106,12 +105,8 @@ class Cpu:
                     return result
                 if self.debug.active:
                     continue
-            if self.changed:
-                self.native.restore()
-                self.changed = False
             self.mmu.fault, self._event = None, -1
             error = self.native.start(self.registers.rip)
-            self.native.save()
             result = self._stopped(error)
             if result is not None:
                 return result
@@ -120,12 +115,8 @@ class Cpu:
 
     def run_until(self, linear: int) -> tuple[bool, int | None]:
         """Run, but execute nothing at `linear`: (was there memory for all code on the way?, what `go` would return)."""
-        if self.changed:
-            self.native.restore()
-            self.changed = False
         self.mmu.fault, self._event = None, -1
         error = self.native.start_until(self.registers.rip, linear)
-        self.native.save()
         fault = self.mmu.fault
         if self.mmu.fetching and isinstance(fault, Refused) and fault.kind == "mmio":
             return False, None
@@ -167,20 +158,16 @@ class Cpu:
         """Windows whose memory went away leave the engine: their addresses may be given to others."""
         for key, window in list(self._mapped.items()):
             if self.physical.windows.get(id(window.owner)) is not window:
-                self.native.restore()  # unmapping makes the engine ask for a TLB entry, and `fill` saves the CPU over the blob
                 self.native.unmap(window.base, window.size)
                 del self._mapped[key]
 
     def step_native(self) -> int:
-        """Exactly one instruction (or one repetition), with the blob as the state before and after; a UC_ERR_* number
+        """Exactly one instruction (or one repetition), registers in place before and after; a UC_ERR_* number
         for `after_step`. Slow: for MMIO, single steps and the like.
         """
         self.mmu.fault, self._event = None, -1
         with self.code.suspended():
-            self.native.restore()
-            self.changed = False
             error = self.native.start(self.registers.rip, 1)
-            self.native.save()
         return error
 
     def after_step(self, error: int) -> int | None:
@@ -234,7 +221,6 @@ class Cpu:
         site = self.code.site(rip)
         self.registers.set_flags(self.native.flags() & ~_RF)
         if site is not None:
-            self.changed = True
             return self.privileged.execute(site)
         return self.after_step(self.step_native())
 
@@ -269,7 +255,6 @@ class Cpu:
         vector = self._event
         software = bool(self.registers.u32[(self.where.error_code >> 2) + 1])
         error = self.registers.forget_exception()
-        self.changed = True
         if vector == _UD and not software:
             return self._invalid_opcode()
         if vector == BP_VECTOR and self.debug.catches_int3:
@@ -293,9 +278,6 @@ class Cpu:
         """
         if vector == PF_VECTOR:
             self.registers.set_cr(2, address)
-        if self.changed:
-            self.native.restore()  # the engine computes RFLAGS: it must have what was set
-        self.changed = True
         try:
             flags = self.native.flags() | self.debug.delivered(vector)
             if external:

@@ -109,7 +109,6 @@ class Events:
     def _set_shadow(self, on: bool) -> None:
         flags = self._cpu.registers.u32[layout.HFLAGS >> 2] & ~layout.HF_KEEP
         self._cpu.registers.u32[layout.HFLAGS >> 2] = flags | (layout.HF_KEEP if on else 0)
-        self._cpu.changed = True
 
     def _in_shadow(self) -> bool:
         return bool(self._cpu.registers.u64[layout.EFLAGS >> 3] & _IF and self._shadow())

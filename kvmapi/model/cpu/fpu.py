@@ -39,12 +39,12 @@ def reset(cpu: Cpu) -> None:
     image = bytearray(FXSAVE_SIZE)
     _HEAD.pack_into(image, 0, _INIT[0], 0, 0, 0, 0, 0, _INIT[1], MXCSR_MASK)
     restore(cpu, bytes(image))
-    struct.pack_into("<Q", cpu.native.blob, cpu.where.xcr0, X87)
+    struct.pack_into("<Q", cpu.native.state, cpu.where.xcr0, X87)
 
 
 def save(cpu: Cpu) -> bytes:
-    """FXSAVE, 64-bit form. The blob must be current."""
-    blob, where = cpu.native.blob, cpu.where
+    """FXSAVE, 64-bit form."""
+    blob, where = cpu.native.state, cpu.where
     top, fpus, fpuc = struct.unpack_from("<IHH", blob, where.fpuc - 6)
     tags = bytes(blob[where.fpuc + 2 : where.fpuc + 10])
     fop, rip, rdp = struct.unpack_from("<H6xQQ", blob, where.fpregs + 128)
@@ -66,7 +66,7 @@ def restore(cpu: Cpu, image: bytes) -> None:
     fcw, fsw, valid, fop, rip, rdp, mxcsr, _ = _HEAD.unpack_from(image)
     if mxcsr & ~MXCSR_MASK:
         raise BadState(f"mxcsr {mxcsr:#x} has reserved bits")
-    blob, where = cpu.native.blob, cpu.where
+    blob, where = cpu.native.state, cpu.where
     top = fsw >> 11 & 7
     struct.pack_into("<IH", blob, where.fpuc - 6, top, fsw & ~0x3800)
     blob[where.fpuc + 2 : where.fpuc + 10] = bytes(0 if valid >> number & 1 else 1 for number in range(8))
@@ -79,11 +79,8 @@ def restore(cpu: Cpu, image: bytes) -> None:
         blob[at : at + 16] = image[160 + 16 * number : 176 + 16 * number]
     # The engine derives rounding modes from the control words: these go through its own calls.
     fpcw_name, mxcsr_name = _names()
-    cpu.native.restore()
     cpu.native.write_register(fpcw_name, fcw)
     cpu.native.write_register(mxcsr_name, mxcsr)
-    cpu.native.save()
-    cpu.changed = False
 
 
 # ---- KVM's forms

@@ -1,13 +1,14 @@
-"""Where Unicorn keeps the CPU's state: the context blob, read and written in place.
+"""Where Unicorn keeps the CPU's state: the emulator's CPU structure, read and written in place.
 
 Unicorn's register calls reach only part of an x86 CPU: writing CS changes the selector and leaves the hidden
 descriptor, the CPL and the mode flags as they were. Its `uc_context_save`, on the other hand, is a plain copy of the
-emulator's CPU structure, 0.3 µs each way. So the model saves that blob, edits fields at known offsets and restores
-it: GPRs, RIP, segments with their hidden parts, mode flags and control registers.
+emulator's CPU structure, which says how large that is and what it holds; native.py finds where the original stands.
+So the model edits fields there, at known offsets: GPRs, RIP, segments with their hidden parts, mode flags and control
+registers.
 
 The offsets follow the member order of QEMU 5.0's CPUX86State, which unicorn 2.1.4 embeds. They are not believed but
 *checked*: `calibrate()` writes unmistakable values through Unicorn's own register calls and looks for them in the
-blob, provokes a #DE and a #GP to find the two fields that no call reaches, and refuses a page to find where Unicorn
+structure, provokes a #DE and a #GP to find the two fields that no call reaches, and refuses a page to find where Unicorn
 keeps the faulting address. A build whose layout differs is refused with a sentence instead of computing nonsense.
 """
 
@@ -18,16 +19,16 @@ import functools
 import struct
 from dataclasses import dataclass
 
-REGS = 40  # u64[16]: rax rcx rdx rbx rsp rbp rsi rdi r8..r15 (the encoder's order)
-EIP = 168
-EFLAGS = 176  # without CC flags and DF while the guest runs; see the engine
-CC_SRC = 192
-CC_OP = 208  # 1 = CC_OP_EFLAGS: cc_src holds the flags as they are
-DF = 212  # 1 = up, -1 = down
-HFLAGS = 216
-SEGS = 224  # 24 bytes each: selector u32, pad, base u64, limit u32, flags u32; order ES CS SS DS FS GS LDT TR GDT IDT
+REGS = 0  # u64[16]: rax rcx rdx rbx rsp rbp rsi rdi r8..r15 (the encoder's order)
+EIP = 128
+EFLAGS = 136  # without CC flags and DF while the guest runs; see the engine
+CC_SRC = 152
+CC_OP = 168  # 1 = CC_OP_EFLAGS: cc_src holds the flags as they are
+DF = 172  # 1 = up, -1 = down
+HFLAGS = 176
+SEGS = 184  # 24 bytes each: selector u32, pad, base u64, limit u32, flags u32; order ES CS SS DS FS GS LDT TR GDT IDT
 SEG_SIZE = 24
-CR = 464  # u64[9]
+CR = 424  # u64[9]
 CC_FLAGS = 0x8D5  # O S Z A P C
 
 REG_ORDER = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
@@ -48,7 +49,7 @@ class EngineMismatch(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Offsets found by calibration: bytes into the context blob, but `invalid_addr`, which is bytes into the engine's
+    """Offsets found by calibration: bytes into the CPU structure, but `invalid_addr`, which is bytes into the engine's
     own structure.
     """
 
@@ -90,7 +91,7 @@ def expect(condition: bool, what: str) -> None:
 
 
 def pack_segment(selector: int, base: int, limit: int, flags: int) -> bytes:
-    """One SegmentCache as it stands in the blob."""
+    """One SegmentCache as it stands in the structure."""
     return struct.pack("<IIQII", selector, 0, base, limit & 0xFFFFFFFF, flags)
 
 

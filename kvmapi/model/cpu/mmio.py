@@ -47,7 +47,7 @@ class Mmio:
         `stores` are due. Raises what another operand of the instruction runs into (Fault, Refused).
         """
         cpu = self._cpu
-        before = bytes(cpu.native.blob)
+        before = bytes(cpu.native.state)
         scratch = cpu.scratch
         for (offset, _), data in self._known.items():
             scratch[offset : offset + len(data)] = data
@@ -63,8 +63,7 @@ class Mmio:
         del callback
         fault = cpu.mmu.fault
         if self._missing is not None or fault is not None:
-            cpu.native.blob[:] = before
-            cpu.native.restore()
+            cpu.native.state[:] = before
         if fault is not None:
             raise fault
         return self._missing

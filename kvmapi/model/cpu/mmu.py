@@ -53,12 +53,12 @@ class UnsupportedMode(Exception):
 
 
 class Mmu:
-    """Address translation of one vCPU. Uses the engine's blob for CR0, CR3, CR4, EFER, CPL and AC."""
+    """Address translation of one vCPU. Uses the engine's registers for CR0, CR3, CR4, EFER, CPL and AC."""
 
     def __init__(self, native: Native, where: Layout, physical: Physical, on_fetch: Callable[[int, int, int], None]) -> None:
         self._native = native
-        self._blob32 = native.blob[: len(native.blob) & -4].cast("I")
-        self._blob64 = native.blob[: len(native.blob) & -8].cast("Q")
+        self._u32 = native.state[: len(native.state) & -4].cast("I")
+        self._u64 = native.state[: len(native.state) & -8].cast("Q")
         self._cr0, self._cr3, self._cr4 = (layout.CR + 8 * n >> 3 for n in (0, 3, 4))
         self._efer = where.efer >> 3
         self.physical = physical
@@ -75,9 +75,8 @@ class Mmu:
         """UC_HOOK_TLB_FILL. Never raises: what went wrong is left in `fault`."""
         try:
             self.fetching = kind == uc.UC_MEM_FETCH
-            self._native.save()
             write, fetch = kind == uc.UC_MEM_WRITE, kind == uc.UC_MEM_FETCH
-            user = self._blob32[layout.HFLAGS >> 2] & 3 == 3
+            user = self._u32[layout.HFLAGS >> 2] & 3 == 3
             gfn, encrypted, writable = self.translate(va, write, fetch, user)
             physical = self.physical
             slot = TlbEntry.from_address(entry)
@@ -105,10 +104,10 @@ class Mmu:
     # ---- translation
     def translate(self, va: int, write: bool, fetch: bool, user: bool) -> tuple[int, bool, bool]:
         """(GFN, encrypted, a store would be allowed too) of the page at `va`. Raises Fault or UnsupportedMode."""
-        cr0 = self._blob64[self._cr0]
+        cr0 = self._u64[self._cr0]
         if not cr0 & CR0_PG:
             return va >> 12 & 0xFFFFF, bool(self.c_mask), True
-        efer = self._blob64[self._efer]
+        efer = self._u64[self._efer]
         if not efer & EFER_LMA:
             raise UnsupportedMode("32-bit paging")
         if (va >> 47) not in (0, 0x1FFFF):
@@ -124,7 +123,7 @@ class Mmu:
             reserved |= NX
         cause = (PF_W if write else 0) | (PF_U if user else 0) | (PF_I if fetch and efer & EFER_NXE else 0)
         words = self.physical.words
-        table = self._blob64[self._cr3] & address_mask & ~c_mask
+        table = self._u64[self._cr3] & address_mask & ~c_mask
         allowed, no_execute = RW | US, 0
         shift = 39
         while True:
@@ -161,11 +160,11 @@ class Mmu:
         else:
             bad = write and not allowed & RW and bool(cr0 & CR0_WP)
             if allowed & US and not bad:
-                cr4 = self._blob64[self._cr4]
+                cr4 = self._u64[self._cr4]
                 if fetch:
                     bad = bool(cr4 & CR4_SMEP)
                 elif cr4 & CR4_SMAP:
-                    bad = not self._blob64[layout.EFLAGS >> 3] & RFLAGS_AC
+                    bad = not self._u64[layout.EFLAGS >> 3] & RFLAGS_AC
         if bad or (fetch and no_execute):
             raise Fault(PF_VECTOR, cause | PF_P, va)
 

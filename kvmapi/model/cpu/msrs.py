@@ -1,6 +1,6 @@
 """Model-specific registers: the few the modelled CPU has, where each lives, and what a write may be.
 
-Some live in the engine's blob (EFER, segment bases), others are plain values here. An MSR that is not in this list
+Some live in the engine's CPU (EFER, segment bases), others are plain values here. An MSR that is not in this list
 does not exist: RDMSR and WRMSR of it go to user space where that was asked for (KVM_CAP_X86_USER_SPACE_MSR), and
 raise #GP otherwise.
 """
@@ -96,21 +96,20 @@ class Msrs:
             raise NoSuchMsr(number)
         return value
 
-    def write(self, number: int, value: int, *, host: bool = False) -> bool:
-        """Set it; True when the blob was changed and must be restored. NoSuchMsr refuses. `host`: from KVM_SET_MSRS,
-        not from the guest.
-        """
+    def write(self, number: int, value: int, *, host: bool = False) -> None:
+        """Set it, or raise NoSuchMsr. `host`: from KVM_SET_MSRS, not from the guest."""
         if number in _CANONICAL and value >> 47 not in (0, 0x1FFFF):
             raise NoSuchMsr(number, known=True)
         if number == EFER:
-            return self._write_efer(value, host)
+            self._write_efer(value, host)
+            return
         if number in (FS_BASE, GS_BASE):
             which = FS if number == FS_BASE else GS
             self._registers.set_segment(which, self._registers.segment(which)._replace(base=value))
-            return True
+            return
         if number == TSC:
             self._tsc_offset = value - _now()
-            return False
+            return
         if number in _ONLY_32_BITS:
             value &= 0xFFFFFFFF
         if number == APIC_BASE and not valid_apic_base(value, self.offered):
@@ -123,12 +122,9 @@ class Msrs:
             raise NoSuchMsr(number, known=number in self._values)
         self._values[number] = value
         if number in IN_ENGINE:
-            self._registers.native.restore()  # the blob may hold what an earlier entry of the same list changed
             self._registers.native.write_msr(number, value)
-            self._registers.native.save()
-        return False
 
-    def _write_efer(self, value: int, host: bool) -> bool:
+    def _write_efer(self, value: int, host: bool) -> None:
         old = self._registers.efer
         if value & ~(EFER_SUPPORTED if host else self.offered.efer_valid):
             raise NoSuchMsr(EFER, known=True)
@@ -136,7 +132,6 @@ class Msrs:
             raise NoSuchMsr(EFER, known=True)  # long mode cannot be switched while paging is on
         self._registers.efer = value & ~_EFER_LMA | old & _EFER_LMA
         self._registers.settle()
-        return True
 
 
 def _now() -> int:

@@ -1,7 +1,11 @@
 """Unicorn's C interface, called without the Python class around it.
 
 The class costs several µs per call (argument checks, closures per register); the model's whole exit budget is 12 µs.
-So the few functions it needs are prototyped once here. Everything is a thin call: policy lives in engine.py.
+So the few functions it needs are prototyped once here. Everything is a thin call: policy lives in cpu.py.
+
+`Native.state` is the engine's CPU structure itself (layout.py), live: between two starts it holds the registers, and
+what is written there is what the guest goes on with. Inside a callback it is as current as the engine can make it
+(RIP is not).
 
 Two callbacks are machine code rather than Python, because a Python call per block or per stop would dominate:
 - a *stop hook* on one address is `uc_emu_stop` itself: its first argument is the engine, which is what a hook gets
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from collections.abc import Callable
 
 import unicorn.unicorn_const as uc
@@ -52,7 +57,6 @@ _context_alloc = _prototype("uc_context_alloc", _ptr, _ptr)
 _context_free = _prototype("uc_context_free", _ptr)
 _context_size = _prototype("uc_context_size", _ptr, result=ctypes.c_size_t)
 _context_save = _prototype("uc_context_save", _ptr, _ptr)
-_context_restore = _prototype("uc_context_restore", _ptr, _ptr)
 _hook_del = _prototype("uc_hook_del", _ptr, ctypes.c_size_t)
 _strerror = _prototype("uc_strerror", _int, result=ctypes.c_char_p)
 _hook_add = _lib.uc_hook_add  # variadic: arguments are wrapped at the call
@@ -62,6 +66,8 @@ _WRITE = uc.UC_CTL_IO_WRITE << 30
 
 # cmp dword [rcx], 0; jne stop; mov rax, [rcx+16]; cmp byte [rax], 0; jne stop; ret; stop: jmp [rcx+8]
 _KICK_STUB = bytes.fromhex("833900 750a 488b4110 803800 7501 c3 ff6108".replace(" ", ""))
+_CONTEXT_HEADER = 40  # of a saved context, before the copy of the CPU structure
+_ENGINE_BYTES, _OBJECT_BYTES = 4096, 1 << 17  # of the engine's structure and of its CPU object: where to search
 _REG_EFLAGS, _REG_MSR = 25, 248  # UC_X86_REG_EFLAGS, UC_X86_REG_MSR (their module takes 10 ms to import)
 
 
@@ -81,6 +87,38 @@ def _kick_stub() -> int:
     return _stub[1]
 
 
+_places: list[tuple[int, int]] = []  # offset of the CPU's pointer in the engine, and of the state in what it points to
+
+
+def _locate_state(handle: int, copy: bytes) -> int:
+    """Where the CPU structure stands whose contents are `copy`: behind a pointer in the engine's structure. The same one
+    in every engine, so it is searched for once; a look through /proc makes sure each time, and a wild pointer no crash.
+    """
+    fd = os.open("/proc/self/mem", os.O_RDONLY)
+    try:
+        engine = os.pread(fd, _ENGINE_BYTES, handle)
+        for at, offset in _places:
+            pointer = int.from_bytes(engine[at : at + 8], "little")
+            if _peek(fd, pointer + offset, len(copy)) == copy:
+                return pointer + offset
+        for at in range(0, len(engine) - 7, 8):
+            pointer = int.from_bytes(engine[at : at + 8], "little")
+            offset = _peek(fd, pointer, _OBJECT_BYTES).find(copy)
+            if offset >= 0:
+                _places.append((at, offset))
+                return pointer + offset
+    finally:
+        os.close(fd)
+    raise EngineMismatch("the installed unicorn hides its CPU structure: install it with `pip install unicorn==2.1.4`")
+
+
+def _peek(fd: int, address: int, size: int) -> bytes:
+    try:
+        return os.pread(fd, size, address) if mmap.PAGESIZE <= address < 1 << 47 else b""
+    except OSError:
+        return b""
+
+
 class Native:
     """One Unicorn x86-64 engine in virtual-TLB mode. Not thread-safe: one caller at a time."""
 
@@ -89,15 +127,25 @@ class Native:
         self._check(_open(uc.UC_ARCH_X86, uc.UC_MODE_64, ctypes.addressof(handle)), "open an engine")
         self.handle: int = handle.value or 0
         self._callbacks: list[object] = []  # ctypes callbacks must outlive the engine
-        context = _ptr()
-        self._check(_context_alloc(self.handle, ctypes.addressof(context)), "allocate a context")
-        self._context: int = context.value or 0
-        size = _context_size(self.handle)
-        self.blob = memoryview((ctypes.c_ubyte * size).from_address(self._context)).cast("B")
+        copy = self._copy_of_state()
+        address = _locate_state(self.handle, copy)
+        self.state = memoryview((ctypes.c_ubyte * len(copy)).from_address(address)).cast("B")
         self._scratch = ctypes.create_string_buffer(64)
         self._scratch_at = ctypes.addressof(self._scratch)
         self.control(uc.UC_CTL_TLB_TYPE, _int(uc.UC_TLB_VIRTUAL))
         self.control(uc.UC_CTL_UC_USE_EXITS, _int(1))  # otherwise `until` costs a TLB fill of its own
+
+    def _copy_of_state(self) -> bytes:
+        """What Unicorn's own uc_context_save says the CPU structure holds."""
+        context = _ptr()
+        size = _context_size(self.handle)
+        self._check(_context_alloc(self.handle, ctypes.addressof(context)), "allocate a context")
+        try:
+            self._check(_context_save(self.handle, context.value), "save a context")
+            return ctypes.string_at((context.value or 0) + _CONTEXT_HEADER, size - _CONTEXT_HEADER)
+        finally:
+            ctypes.memset(context.value, 0, size)  # or a search might find this copy
+            _context_free(context.value)
 
     @staticmethod
     def _check(error: int, what: str) -> None:
@@ -108,8 +156,7 @@ class Native:
     def close(self) -> None:
         """Free the engine and everything translated. Safe to call twice."""
         if self.handle:
-            self.blob.release()
-            _context_free(self._context)
+            self.state.release()
             _close(self.handle)
             self.handle = 0
             self._callbacks.clear()
@@ -137,14 +184,6 @@ class Native:
         _stop(self.handle)
 
     # ---- state
-    def save(self) -> None:
-        """CPU -> blob."""
-        _context_save(self.handle, self._context)
-
-    def restore(self) -> None:
-        """blob -> CPU. The TLB is not flushed."""
-        _context_restore(self.handle, self._context)
-
     def flags(self) -> int:
         """RFLAGS, with the lazily computed condition codes."""
         _reg_read(self.handle, _REG_EFLAGS, self._scratch_at)

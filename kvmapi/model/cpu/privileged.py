@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE
-from kvmapi.model.cpu import control
+from kvmapi.model.cpu import control, layout
 from kvmapi.model.cpu.cpuid import OSXSAVE
 from kvmapi.model.cpu.mmu import Fault, UnsupportedMode
 from kvmapi.model.cpu.msrs import NoSuchMsr
@@ -106,7 +106,7 @@ class Privileged:
         # The TSS permission bitmap is not consulted: code above IOPL gets #GP, which is what a TSS without bitmap
         # gives.
         registers = self._registers
-        return registers.cpl <= registers.u64[176 >> 3] >> _IOPL_SHIFT & 3
+        return registers.cpl <= registers.u64[layout.EFLAGS >> 3] >> _IOPL_SHIFT & 3
 
     # ---- port I/O
     def _out(self, site: Site) -> int | None:
@@ -245,7 +245,6 @@ class Privileged:
     # ---- CPUID and MSRs
     def _set_gpr(self, number: int, value: int) -> None:
         self._registers.set_gpr(number, value & _U64)
-        self._cpu.changed = True
 
     def _set_index(self, number: int, value: int, mask: int) -> None:
         """A write of an address-sized register: 32 bits clear the upper half, 16 bits keep the rest."""
@@ -289,7 +288,7 @@ class Privileged:
         if self._policy.msr_filter is not None and not self._policy.msr_filter.allows(number, kvm.KVM_MSR_FILTER_WRITE):
             return self._msr_to_user(site, kvm.KVM_EXIT_X86_WRMSR, number, value, kvm.KVM_MSR_EXIT_REASON_FILTER)
         try:
-            self._cpu.changed |= self._cpu.msrs.write(number, value)
+            self._cpu.msrs.write(number, value)
         except NoSuchMsr as why:
             return self._msr_to_user(site, kvm.KVM_EXIT_X86_WRMSR, number, value, _reason(why))
         self._advance(site.length)

@@ -31,7 +31,6 @@ _EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
 def reset(cpu: Cpu) -> None:
     """The state after RESET: real mode at F000:FFF0."""
     registers = cpu.registers
-    cpu.native.save()
     for number in range(16):
         registers.set_gpr(number, 0)
     registers.set_gpr(2, 0x600)  # EDX holds the signature of a processor without CPUID: it is set later
@@ -49,7 +48,6 @@ def reset(cpu: Cpu) -> None:
         registers.set_cr(number, 0)
     registers.efer = 0
     registers.settle()
-    cpu.changed = True
 
 
 def _pack_segment(number: int, segment: Segment) -> bytes:
@@ -116,7 +114,6 @@ def unpack(cpu: Cpu, data: bytes, c_mask: int) -> bool:
     registers.efer = efer
     cpu.msrs.write(APIC_BASE, apic_base, host=True)
     registers.settle()
-    cpu.changed = True
     return True
 
 

@@ -1,8 +1,8 @@
-"""The CPU's registers in the engine's blob, by name: what KVM_GET/SET_REGS and KVM_GET/SET_SREGS read and write.
+"""The CPU's registers by name: what KVM_GET/SET_REGS and KVM_GET/SET_SREGS read and write.
 
-The blob (layout.py) is the only copy. `Registers` is a view of it: reads are right after `Native.save`, writes count
-after `Native.restore`. RFLAGS is special: while the guest ran, the condition codes are computed lazily and only the
-engine can tell them.
+The engine's CPU structure (layout.py) is the only copy, and `Registers` a view of it: what is written is what the guest
+goes on with. RFLAGS is special: while the guest runs, the condition codes are computed lazily and only the engine can
+tell them.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Segment(NamedTuple):
 
 
 class Registers:
-    """Named access to one engine's blob."""
+    """Named access to one engine's CPU structure."""
 
     def __init__(self, native: Native, where: Layout) -> None:
         self.native = native
         self._where = where
-        self.u64 = native.blob[: len(native.blob) & -8].cast("Q")
-        self.u32 = native.blob[: len(native.blob) & -4].cast("I")
+        self.u64 = native.state[: len(native.state) & -8].cast("Q")
+        self.u32 = native.state[: len(native.state) & -4].cast("I")
         self._efer = where.efer >> 3
 
     # ---- general registers, by the encoder's number (0 rax, 1 rcx, 2 rdx, 3 rbx, 4 rsp, 5 rbp, 6 rsi, 7 rdi, 8..15)
@@ -84,11 +84,11 @@ class Registers:
 
     # ---- segments
     def segment(self, number: int) -> Segment:
-        selector, _, base, limit, flags = _SEGMENT.unpack_from(self.native.blob, SEGS + number * SEG_SIZE)
+        selector, _, base, limit, flags = _SEGMENT.unpack_from(self.native.state, SEGS + number * SEG_SIZE)
         return Segment(selector, base, limit, flags)
 
     def set_segment(self, number: int, segment: Segment) -> None:
-        _SEGMENT.pack_into(self.native.blob, SEGS + number * SEG_SIZE, segment.selector, 0, segment.base, segment.limit, segment.flags)
+        _SEGMENT.pack_into(self.native.state, SEGS + number * SEG_SIZE, segment.selector, 0, segment.base, segment.limit, segment.flags)
 
     @property
     def cpl(self) -> int:
