@@ -130,7 +130,7 @@ class VcpuState:
         if not sregs.unpack(self._cpu, data, self._vcpu.vm.sev.c_mask_offered(self._cpu.cpuid)):
             return False
         self._vcpu.page.apic_base = self._cpu.msrs.read(APIC_BASE)
-        self._cpu.mmu.generation = -1
+        self._cpu.mmu.reset()
         return True
 
     def _get_sregs(self, arg: int, caller: Caller) -> int:
@@ -261,7 +261,7 @@ class VcpuState:
         active = self._vcpu.vm.sev.active
         self._cpu.mmu.c_mask = 1 << C_BIT if active else 0
         self._cpu.msrs.sev_status = 1 if active and self._cpu.cpuid.has(SEV_LEAF) else 0
-        self._cpu.mmu.generation = -1
+        self._cpu.mmu.reset()
 
     def _msr_entries(self, arg: int, caller: Caller) -> list[tuple[int, int, int]]:
         count = struct.unpack("<I", caller.memory.read(arg, 4))[0]

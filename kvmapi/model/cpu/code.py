@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from kvmapi.model.caller import PAGE
 from kvmapi.model.cpu import scan
@@ -69,27 +69,11 @@ class CodeCache:
         self._pages: dict[int, CodePage] = {}  # by virtual page
         self._hooks: dict[int, int] = {}
         self._overflow = False
-        self._suspended = False
-
-    @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Inside, nothing is scanned and no hook is set: for executing one instruction alone, hooked or not. Neither
-        hooks nor an instruction count reach blocks that are translated already, so those go, before and after.
-        """
-        self.flush()
-        self._suspended = True
-        try:
-            yield
-        finally:
-            self._suspended = False
-            self.flush()
 
     def fetched(self, va: int, pointer: int, bits: int) -> None:
         """The engine is about to fetch from the page at `va`, which our process sees at `pointer`. May be called from
         inside the engine.
         """
-        if self._suspended:
-            return
         page = self._pages.get(va)
         if page is None or page.pointer != pointer or not page.current():
             tail = b""

@@ -24,12 +24,13 @@ from kvmapi.model.cpu.cpuid import Table
 from kvmapi.model.cpu.debug import BP_VECTOR, DB_VECTOR, GuestDebug
 from kvmapi.model.cpu.events import Events
 from kvmapi.model.cpu.mmio import MmioUnit, scratch_page
-from kvmapi.model.cpu.mmu import PF_VECTOR, SCRATCH_AT, Fault, Mmu, UnsupportedMode
+from kvmapi.model.cpu.mmu import PF_VECTOR, Fault, Mmu, UnsupportedMode
 from kvmapi.model.cpu.msrs import Msrs
 from kvmapi.model.cpu.native import Native, TlbFill
 from kvmapi.model.cpu.privileged import ExitPolicy, Privileged
 from kvmapi.model.cpu.state import Registers
-from kvmapi.model.mem.physical import EncryptedPhysical, Physical, Refused, Window
+from kvmapi.model.cpu.step import Stepper, Watch
+from kvmapi.model.mem.physical import EncryptedPhysical, Physical, Refused
 from kvmapi.model.runpage import IMMEDIATE_EXIT, RunPage
 
 KICKED = 1 << 20  # no errno and no KVM_RUN result: the engine lock or the vCPU is wanted elsewhere
@@ -48,8 +49,10 @@ class Cpu:
         self.registers = Registers(self.native, self.where)
         self.page = page
         self.physical = physical
-        self.mmu = Mmu(self.native, self.where, physical, self._fetched)
-        self.mmu.engine_address = self._engine_address
+        self._scratch_page, self.scratch_address = scratch_page()
+        self.scratch = memoryview(self._scratch_page)
+        self.mmu = Mmu(self.native, self.where, physical, self.scratch_address, self._fetched)
+        self.stepper = Stepper(self)
         self.code = CodeCache(self.native, self.mmu.read)
         self.cpuid = Table([])
         self.msrs = Msrs(self.registers, bootstrap=index == 0)
@@ -60,13 +63,9 @@ class Cpu:
         self.refuses_entry = False  # a state that the processor does not enter the guest with
         self.attention = False  # events or debugging want a look before the guest is entered
         self.cr8 = 0
-        self._event = -1
-        self._mapped: dict[int, Window] = {}
+        self.event = -1  # the exception that the engine reported last
+        self._stepped = False  # was it the stepper that ran last?
         self._code_generation = physical.code_generation
-        self._dropped = physical.dropped
-        self._scratch_page, address = scratch_page()
-        self.scratch = memoryview(self._scratch_page)
-        self.native.map(SCRATCH_AT, PAGE, address)
         self.native.hook_tlb_fill(TlbFill(self.mmu.fill))
         self.native.hook_interrupts(self._interrupted)
         self.kick = self.native.hook_kick(page.address + IMMEDIATE_EXIT)
@@ -75,11 +74,12 @@ class Cpu:
     def destroy(self) -> None:
         """Free the engine."""
         self.scratch.release()
+        self.stepper.destroy()
         self.native.close()
 
     # ---- callbacks from inside the engine
     def _interrupted(self, _uc: int, number: int, _data: int) -> None:
-        self._event = number
+        self.event = number
         self.native.stop()
 
     def _fetched(self, va: int, gfn: int, pointer: int) -> None:
@@ -87,12 +87,6 @@ class Cpu:
         self.code.fetched(va, pointer, self.registers.code_bits)
         if isinstance(self.physical, EncryptedPhysical):
             self.physical.executed(gfn)
-
-    def _engine_address(self, window: Window, offset: int) -> int:
-        if id(window) not in self._mapped:
-            self.native.map(window.base, window.size, window.pointer)
-            self._mapped[id(window)] = window
-        return window.base + offset
 
     # ---- running
     def go(self) -> int:
@@ -105,7 +99,7 @@ class Cpu:
                     return result
                 if self.debug.active:
                     continue
-            self.mmu.fault, self._event = None, -1
+            self.mmu.fault, self.event, self._stepped = None, -1, False
             error = self.native.start(self.registers.rip)
             result = self._stopped(error)
             if result is not None:
@@ -115,12 +109,12 @@ class Cpu:
 
     def run_until(self, linear: int) -> tuple[bool, int | None]:
         """Run, but execute nothing at `linear`: (was there memory for all code on the way?, what `go` would return)."""
-        self.mmu.fault, self._event = None, -1
+        self.mmu.fault, self.event, self._stepped = None, -1, False
         error = self.native.start_until(self.registers.rip, linear)
         fault = self.mmu.fault
         if self.mmu.fetching and isinstance(fault, Refused) and fault.kind == "mmio":
             return False, None
-        if error == uc.UC_ERR_OK and fault is None and self._event < 0 and self.registers.linear_rip == linear:
+        if error == uc.UC_ERR_OK and fault is None and self.event < 0 and self.registers.linear_rip == linear:
             return True, None
         return True, self._stopped(error)
 
@@ -147,34 +141,34 @@ class Cpu:
         if physical.code_generation != self._code_generation:
             self._code_generation = physical.code_generation
             self.code.flush()
-        if physical.generation != self.mmu.generation:
-            self.mmu.generation = physical.generation
-            if physical.dropped != self._dropped:
-                self._dropped = physical.dropped
-                self._unmap_dropped()
+        if self.mmu.catch_up():
             self.native.flush_tlb()
 
-    def _unmap_dropped(self) -> None:
-        """Windows whose memory went away leave the engine: their addresses may be given to others."""
-        for key, window in list(self._mapped.items()):
-            if self.physical.windows.get(id(window.owner)) is not window:
-                self.native.unmap(window.base, window.size)
-                del self._mapped[key]
-
-    def step_native(self) -> int:
-        """Exactly one instruction (or one repetition), registers in place before and after; a UC_ERR_* number
-        for `after_step`. Slow: for MMIO, single steps and the like.
+    def step(self, watch: Watch | None = None, *, flush: bool = True, system: bool = False) -> int:
+        """Execute exactly one instruction (or one repetition); a UC_ERR_* number for `after_step`. Slow: for single
+        steps and the like. The parameters are Stepper's.
         """
-        self.mmu.fault, self._event = None, -1
-        with self.code.suspended():
-            error = self.native.start(self.registers.rip, 1)
+        self.mmu.fault, self.event = None, -1
+        error = self.stepper.run(watch, system=system)
+        self._stepped = True
+        if self.mmu.fault is None:
+            self.stepper.commit(flush=flush)
         return error
+
+    def try_step(self, watch: Watch, scratch_gpa: int) -> None:
+        """The same with a scratch page at `scratch_gpa`, and nothing kept until `stepper.commit`."""
+        self.mmu.fault, self.event, self._stepped = None, -1, True
+        self.stepper.run(watch, scratch_gpa=scratch_gpa)
+
+    def fault_address(self) -> int:
+        """The address of the access that was refused last."""
+        return self.stepper.fault_address() if self._stepped else self.native.fault_address(self.where.invalid_addr)
 
     def after_step(self, error: int) -> int | None:
         """Deal with what a single step ran into; None when it was executed, or when the guest goes on in a handler."""
         if self.mmu.fault is not None:
             return self.refused(self.mmu.fault)
-        if self._event >= 0:
+        if self.event >= 0:
             return self._exception()
         if error in (uc.UC_ERR_INSN_INVALID, uc.UC_ERR_EXCEPTION):
             return self._invalid_opcode()
@@ -195,7 +189,7 @@ class Cpu:
         fault = self.mmu.fault
         if fault is not None:
             return self.refused(fault)
-        if self._event >= 0:
+        if self.event >= 0:
             return self._exception()
         if error == uc.UC_ERR_OK:
             rip = self.registers.linear_rip
@@ -222,13 +216,13 @@ class Cpu:
         self.registers.set_flags(self.native.flags() & ~_RF)
         if site is not None:
             return self.privileged.execute(site)
-        return self.after_step(self.step_native())
+        return self.after_step(self.step())
 
     # ---- refused accesses
     def refused(self, why: Exception) -> int | None:
         if isinstance(why, Fault):
             if why.vector == PF_VECTOR:
-                why.address = self.native.fault_address(self.where.invalid_addr)
+                why.address = self.fault_address()
             return self.raise_in_guest(why.vector, why.error, why.address)
         if isinstance(why, Refused):
             if why.kind == "mmio":
@@ -252,7 +246,7 @@ class Cpu:
 
     # ---- exceptions
     def _exception(self) -> int | None:
-        vector = self._event
+        vector = self.event
         software = bool(self.registers.u32[(self.where.error_code >> 2) + 1])
         error = self.registers.forget_exception()
         if vector == _UD and not software:

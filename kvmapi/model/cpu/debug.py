@@ -165,15 +165,11 @@ class GuestDebug:
             self._completing = True
             return result
         self._hit = 0
-        hook = cpu.native.hook_memory(self._accessed) if self._data else None
-        try:
-            before = cpu.registers.rip
-            error = cpu.step_native()
-            if cpu.registers.rip == before and not cpu.registers.gpr(1) and self.opcode() in _REPEAT:
-                error = cpu.step_native()  # the engine counts leaving a repetition as one more
-        finally:
-            if hook is not None:
-                cpu.native.unhook(hook[0])
+        watch = self._accessed if self._data else None
+        before = cpu.registers.rip
+        error = cpu.step(watch)
+        if cpu.registers.rip == before and not cpu.registers.gpr(1) and self.opcode() in _REPEAT:
+            error = cpu.step(watch)  # the engine counts leaving a repetition as one more
         result = cpu.after_step(error)
         if result is not None:
             return result

@@ -132,7 +132,7 @@ class Events:
             return result
         nmi = self.nmi_pending and not self.nmi_masked and not cpu.debug.blocks_events
         if ((self.window_wanted and self._in_shadow()) or (nmi and self._shadow())) and cpu.debug.sensitive() is None:
-            result = cpu.after_step(cpu.step_native())  # the instruction after STI runs before the window opens
+            result = cpu.after_step(cpu.step(flush=False))  # the instruction after STI runs before the window opens
             self.leave_shadow()
             if result is not None:
                 return result
@@ -182,7 +182,7 @@ class Events:
         cpu = self._cpu
         was_iret = site.kind == "iret"
         before = cpu.registers.rip
-        result = cpu.after_step(cpu.step_native())
+        result = cpu.after_step(cpu.step(flush=False))
         if result is None and was_iret and cpu.registers.rip != before:
             self.nmi_masked = False
         cpu.attention = True

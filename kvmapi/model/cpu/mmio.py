@@ -46,26 +46,16 @@ class Mmio:
         """One pass. (offset in the page, size) of a read to ask the VMM for, or None: the instruction is complete and
         `stores` are due. Raises what another operand of the instruction runs into (Fault, Refused).
         """
-        cpu = self._cpu
-        before = bytes(cpu.native.state)
-        scratch = cpu.scratch
+        cpu, scratch = self._cpu, self._cpu.scratch
         for (offset, _), data in self._known.items():
             scratch[offset : offset + len(data)] = data
         self._missing, self._stores = None, []
-        cpu.mmu.scratch_gpa = self.gpa
-        hook, callback = cpu.native.hook_memory(self._access)
-        try:
-            cpu.step_native()
-        finally:
-            cpu.native.unhook(hook)
-            cpu.mmu.scratch_gpa = -1
-            cpu.native.flush_tlb()
-        del callback
+        cpu.try_step(self._access, self.gpa)
         fault = cpu.mmu.fault
-        if self._missing is not None or fault is not None:
-            cpu.native.state[:] = before
         if fault is not None:
             raise fault
+        if self._missing is None:
+            cpu.stepper.commit(flush=False)
         return self._missing
 
     def answer(self, offset: int, data: bytes) -> None:
@@ -102,7 +92,7 @@ class MmioUnit:
     def begin(self, why: Refused) -> int | None:
         """An access found no memory: KVM_RUN's result, or None when the guest goes on in a handler."""
         cpu = self._cpu
-        va = cpu.native.fault_address(cpu.where.invalid_addr)
+        va = cpu.fault_address()
         if (va ^ cpu.registers.linear_rip) & -PAGE == 0 and not self._is_memory(va):
             return cpu.internal_error(f"instruction fetch from {why.gpa:#x}, where there is no memory")
         if cpu.mmu.fetching:

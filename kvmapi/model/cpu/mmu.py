@@ -1,14 +1,26 @@
-"""The model's MMU: the engine's TLB is a shadow of the guest's tables, filled here.
+"""The model's MMU: a shadow of the guest's page tables, in seven parts.
 
-On a miss the engine asks `fill` for one page. The guest's own tables are walked entry by entry, each entry is
-*checked and converted* (present, reserved bits, permissions, C-bit), accessed and dirty bits are set as the CPU sets
-them, and the backing that this access may use is looked up. A refusal leaves the instruction unexecuted and the
-reason in `fault`; nothing the guest wrote into an entry can do more than that.
+1. *Look-up on fault.* The engine's TLB asks `fill` for a page that it lacks. What the shadow of the current address
+   space remembers is checked and given; otherwise the guest's tables are walked. A refusal leaves the instruction
+   unexecuted and the reason in `fault`.
+2. *Checked conversion* of each entry is paging.py: nothing the guest wrote into its tables can do more than raise the
+   fault that the architecture has for it.
+3. *Setting and flushing.* What was converted is remembered with the entries it came from and their values
+   (shadow.py). Nobody has to say that a table changed: a remembered page whose entries differ is converted again.
+4. *Switching tables.* A MOV to CR3, or a change of mode, empties the engine's TLB and nothing else: each root has a
+   shadow of its own, and several are kept warm.
+5. *Throwing away.* When backings change (slots, attributes, guest_memfds, encrypted frames), `Physical.generation`
+   moves on, and before the guest continues its TLB and all shadows are empty (`catch_up`).
+6. *What must always be mapped* is nothing of the guest's: the engine keeps its code outside the guest's addresses. Ours
+   are the windows of host memory, each at an engine-physical address of its own, and one scratch page for instructions
+   that touch MMIO (`EngineMemory`).
+7. *The initial state without tables.* With paging off, an address space has no entries to check: the same path, with
+   addresses that are physical.
 
-Writable and executable never meet in one entry: a page fetched is entered without W and scanned (scan.py), a page
-stored to is entered without X, so that code written later is scanned before it runs.
-Tables of an encrypted guest are read decrypted whatever their entries' C-bits say, as the hardware reads them.
-Implemented: no paging, and 4-level long-mode paging with 4 KiB, 2 MiB and 1 GiB pages, NX, U/S, WP, SMEP and SMAP.
+Writable and executable never meet in one TLB entry: a page fetched is entered without W and scanned (scan.py), a page
+stored to is entered without X, so that code written later is scanned before it runs. Tables of an encrypted guest are
+read decrypted whatever their entries' C-bits say, as the hardware reads them. A secure page is reached only by an
+access whose C-bit or attribute says private: `Physical.locate` has the one rule for each kind of VM.
 """
 
 from __future__ import annotations
@@ -21,31 +33,51 @@ from unicorn import unicorn_const as uc
 from kvmapi.model.caller import PAGE
 from kvmapi.model.cpu import layout
 from kvmapi.model.cpu.native import TlbEntry
+from kvmapi.model.cpu.paging import GP_VECTOR, PF_VECTOR, Fault, Paging
+from kvmapi.model.cpu.shadow import Shadows
 
 if TYPE_CHECKING:
     from kvmapi.model.cpu.layout import Layout
     from kvmapi.model.cpu.native import Native
-    from kvmapi.model.mem.physical import Physical
+    from kvmapi.model.mem.physical import Physical, Window
 
-P, RW, US, A, D, PS = 1, 2, 4, 0x20, 0x40, 0x80
-NX = 1 << 63
-PF_P, PF_W, PF_U, PF_RSVD, PF_I = 1, 2, 4, 8, 16
-CR0_WP, CR0_PG = 1 << 16, 1 << 31
-CR4_SMEP, CR4_SMAP = 1 << 20, 1 << 21
-EFER_LMA, EFER_NXE = 1 << 10, 1 << 11
-RFLAGS_AC = 1 << 18
-PF_VECTOR, GP_VECTOR = 14, 13
+__all__ = ["GP_VECTOR", "PF_VECTOR", "SCRATCH_AT", "EngineMemory", "Fault", "Mmu", "UnsupportedMode"]
+
 SCRATCH_AT = 0x10000  # engine-physical; the windows of guest memory begin at 1 GiB
+_READ_WRITE, _READ_EXECUTE = uc.UC_PROT_READ | uc.UC_PROT_WRITE, uc.UC_PROT_READ | uc.UC_PROT_EXEC
+_AC_SHIFT = 18 - 3  # RFLAGS.AC to shadow.AC
+_AC = 1 << 18
+_HFLAGS, _EFLAGS = layout.HFLAGS >> 2, layout.EFLAGS >> 3
+_CR0, _CR3, _CR4 = (layout.CR + 8 * n >> 3 for n in (0, 3, 4))
+_MAX_SLOTS = 64
 
 
-class Fault(Exception):
-    """The access raises this exception in the guest. `address` goes to CR2 for #PF."""
+class EngineMemory:
+    """Which windows of host memory one engine has mapped, and the scratch page."""
 
-    def __init__(self, vector: int, error: int | None, address: int = 0) -> None:
-        super().__init__(vector, error)
-        self.vector = vector
-        self.error = error
-        self.address = address
+    def __init__(self, native: Native, physical: Physical, scratch: int) -> None:
+        self._native = native
+        self._physical = physical
+        self._mapped: dict[int, Window] = {}
+        self._dropped = physical.dropped
+        native.map(SCRATCH_AT, PAGE, scratch)
+
+    def address(self, window: Window, offset: int) -> int:
+        """The engine's physical address of a window's byte `offset`; the window is mapped if it was not."""
+        if id(window) not in self._mapped:
+            self._native.map(window.base, window.size, window.pointer)
+            self._mapped[id(window)] = window
+        return window.base + offset
+
+    def drop_dead(self) -> None:
+        """Windows whose memory went away leave the engine: their addresses may be given to others."""
+        if self._physical.dropped == self._dropped:
+            return
+        self._dropped = self._physical.dropped
+        for key, window in list(self._mapped.items()):
+            if self._physical.windows.get(id(window.owner)) is not window:
+                self._native.unmap(window.base, window.size)
+                del self._mapped[key]
 
 
 class UnsupportedMode(Exception):
@@ -53,13 +85,15 @@ class UnsupportedMode(Exception):
 
 
 class Mmu:
-    """Address translation of one vCPU. Uses the engine's registers for CR0, CR3, CR4, EFER, CPL and AC."""
+    """Address translation of one vCPU. CR0, CR3, CR4, EFER, CPL and AC are read where the engine keeps them."""
 
-    def __init__(self, native: Native, where: Layout, physical: Physical, on_fetch: Callable[[int, int, int], None]) -> None:
+    def __init__(
+        self, native: Native, where: Layout, physical: Physical, scratch: int, on_fetch: Callable[[int, int, int], None]
+    ) -> None:
         self._native = native
+        self._memory = EngineMemory(native, physical, scratch)
         self._u32 = native.state[: len(native.state) & -4].cast("I")
         self._u64 = native.state[: len(native.state) & -8].cast("Q")
-        self._cr0, self._cr3, self._cr4 = (layout.CR + 8 * n >> 3 for n in (0, 3, 4))
         self._efer = where.efer >> 3
         self.physical = physical
         self._on_fetch = on_fetch
@@ -68,109 +102,105 @@ class Mmu:
         self.max_phys_bits = 48
         self.fault: Exception | None = None
         self.generation = -1  # of `physical`, at the last flush
-        self.scratch_gpa = -1  # the page that a scratch page stands for while an MMIO instruction is tried
+        self._shadows = Shadows()
+        self._shadow = self._shadows.switch(0, 0, 0, 0, 0, self.max_phys_bits)
+        self._slots: dict[int, TlbEntry] = {}  # views of where the engine wants the answer
 
-    # ---- the engine's side
+    # ---- 1. look-up on fault
     def fill(self, _uc: int, va: int, kind: int, entry: int, _data: int) -> bool:
         """UC_HOOK_TLB_FILL. Never raises: what went wrong is left in `fault`."""
         try:
-            self.fetching = kind == uc.UC_MEM_FETCH
-            write, fetch = kind == uc.UC_MEM_WRITE, kind == uc.UC_MEM_FETCH
-            user = self._u32[layout.HFLAGS >> 2] & 3 == 3
-            gfn, encrypted, writable = self.translate(va, write, fetch, user)
-            physical = self.physical
-            slot = TlbEntry.from_address(entry)
-            if gfn << 12 == self.scratch_gpa:
-                slot.paddr, slot.perms = SCRATCH_AT, uc.UC_PROT_READ | uc.UC_PROT_WRITE
-                return True
-            window, offset, storable = physical.locate(gfn, encrypted, write)
-            physical.entered.add(gfn)
-            if physical.generation != self.generation:
-                self._native.flush_tlb()  # an alias of this page was given up: nothing older may survive
-                self.generation = physical.generation
-            slot.paddr = self.engine_address(window, offset)
-            if fetch:
-                self._on_fetch(va, gfn, window.pointer + offset)
-                slot.perms = uc.UC_PROT_READ | uc.UC_PROT_EXEC
-            else:
-                slot.perms = uc.UC_PROT_READ | uc.UC_PROT_WRITE if write and writable and storable else uc.UC_PROT_READ
+            slot = self._slots.get(entry)
+            if slot is None:
+                slot = self._slot(entry)
+            u64, key = self._u64, self._shadow.key
+            if u64[_CR3] != key[1] or u64[_CR0] != key[0] or u64[_CR4] != key[2] or u64[self._efer] != key[3]:
+                self._switch()
+            access = kind & 3 | (4 if self._u32[_HFLAGS] & 3 == 3 else 0) | u64[_EFLAGS] >> _AC_SHIFT & 8
+            page = self._shadow.pages.get(va)
+            if page is not None:
+                t1, i1, w1, t2, i2, w2, t3, i3, w3, t4, i4, w4, address, allowed, gfn, pointer = page
+                if allowed >> access & 1 and t4[i4] == w4 and t3[i3] == w3 and t2[i2] == w2 and t1[i1] == w1:
+                    slot.paddr = address
+                    if kind != uc.UC_MEM_FETCH:
+                        slot.perms = _READ_WRITE if allowed >> (access & ~3 | 1) & 1 else uc.UC_PROT_READ
+                    else:
+                        slot.perms = _READ_EXECUTE
+                        self._on_fetch(va, gfn, pointer)
+                    return True
+            self._convert(va, kind, bool(access & 4), bool(access & 8), slot)
         except Exception as why:  # nothing may be raised through the engine's C frames: the run loop sorts it out
+            self.fetching = kind == uc.UC_MEM_FETCH
             self.fault = why
             return False
         return True
 
-    engine_address: Callable[..., int]  # (window, offset) -> engine-physical address; set by the CPU
+    def _slot(self, address: int) -> TlbEntry:
+        """The engine's answer slot. It stands on the C stack, at one of a few addresses."""
+        if len(self._slots) >= _MAX_SLOTS:
+            self._slots.clear()
+        slot = self._slots[address] = TlbEntry.from_address(address)
+        return slot
 
-    # ---- translation
-    def translate(self, va: int, write: bool, fetch: bool, user: bool) -> tuple[int, bool, bool]:
-        """(GFN, encrypted, a store would be allowed too) of the page at `va`. Raises Fault or UnsupportedMode."""
-        cr0 = self._u64[self._cr0]
-        if not cr0 & CR0_PG:
-            return va >> 12 & 0xFFFFF, bool(self.c_mask), True
-        efer = self._u64[self._efer]
-        if not efer & EFER_LMA:
-            raise UnsupportedMode("32-bit paging")
-        if (va >> 47) not in (0, 0x1FFFF):
-            raise Fault(GP_VECTOR, 0)
-        return self._walk(va, write, fetch, user, cr0, efer)
-
-    def _walk(self, va: int, write: bool, fetch: bool, user: bool, cr0: int, efer: int) -> tuple[int, bool, bool]:
-        c_mask = self.c_mask
-        encrypted = bool(c_mask)
-        address_mask = ((1 << self.max_phys_bits) - 1) & -PAGE
-        reserved = ((1 << 52) - (1 << self.max_phys_bits)) & ~c_mask
-        if not efer & EFER_NXE:
-            reserved |= NX
-        cause = (PF_W if write else 0) | (PF_U if user else 0) | (PF_I if fetch and efer & EFER_NXE else 0)
-        words = self.physical.words
-        table = self._u64[self._cr3] & address_mask & ~c_mask
-        allowed, no_execute = RW | US, 0
-        shift = 39
-        while True:
-            view = words(table >> 12, encrypted)
-            index = va >> shift & 0x1FF
-            entry = view[index]
-            if not entry & P:
-                raise Fault(PF_VECTOR, cause, va)
-            leaf = shift == 12 or bool(entry & PS)
-            if entry & reserved or (leaf and shift > 12 and (shift == 39 or entry & ((1 << shift) - 0x2000) & address_mask)):
-                raise Fault(PF_VECTOR, cause | PF_P | PF_RSVD, va)
-            allowed &= entry
-            no_execute |= entry & NX
-            if leaf:
-                break
-            if not entry & A:
-                self.physical.store_word(table >> 12, encrypted, index, entry | A)
-            table = entry & address_mask & ~c_mask
-            shift -= 9
-        self._check(va, write, fetch, user, cr0, allowed, no_execute, cause)
-        marked = entry | A | (D if write else 0)
-        if marked != entry:
-            self.physical.store_word(table >> 12, encrypted, index, marked)
-        offset = va & ((1 << shift) - 1)
-        gpa = (entry & address_mask & ~c_mask & -(1 << shift)) + offset
-        # Fetches are always decrypted, whatever the C-bit: code in shared memory would otherwise be the host's to
-        # write.
-        private = encrypted and (fetch or bool(entry & c_mask))
-        return gpa >> 12, private, bool(marked & D)
-
-    def _check(self, va: int, write: bool, fetch: bool, user: bool, cr0: int, allowed: int, no_execute: int, cause: int) -> None:
-        if user:
-            bad = not allowed & US or (write and not allowed & RW)
+    # ---- 2. and 3. conversion, and what is kept of it
+    def _convert(self, va: int, kind: int, user: bool, ac: bool, slot: TlbEntry) -> None:
+        write, fetch = kind == uc.UC_MEM_WRITE, kind == uc.UC_MEM_FETCH
+        physical, shadow = self.physical, self._shadow
+        before = physical.generation
+        mapping = shadow.paging.walk(physical, va, write, fetch, user, ac)
+        window, offset, storable = physical.locate(mapping.gfn, mapping.private, write)
+        physical.entered.add(mapping.gfn)
+        if physical.generation != self.generation:
+            self._native.flush_tlb()  # an alias of this page was given up: nothing older may survive
+            self.generation = physical.generation
+            self._shadows.clear()
+            self._switch()
+        slot.paddr = address = self._memory.address(window, offset)
+        pointer = window.pointer + offset
+        if fetch:
+            slot.perms = _READ_EXECUTE
+            self._on_fetch(va, mapping.gfn, pointer)
         else:
-            bad = write and not allowed & RW and bool(cr0 & CR0_WP)
-            if allowed & US and not bad:
-                cr4 = self._u64[self._cr4]
-                if fetch:
-                    bad = bool(cr4 & CR4_SMEP)
-                elif cr4 & CR4_SMAP:
-                    bad = not self._u64[layout.EFLAGS >> 3] & RFLAGS_AC
-        if bad or (fetch and no_execute):
-            raise Fault(PF_VECTOR, cause | PF_P, va)
+            slot.perms = _READ_WRITE if storable and mapping.dirty and write else uc.UC_PROT_READ
+        if physical.generation == before:
+            self._shadows.remember(self._shadow, va, mapping, storable and write, address, pointer)
 
-    # ---- access on the guest's behalf (exception frames, string I/O, KVM_TRANSLATE)
+    # ---- 4. switching tables
+    def _switch(self) -> None:
+        u64 = self._u64
+        self._shadow = self._shadows.switch(u64[_CR0], u64[_CR3], u64[_CR4], u64[self._efer], self.c_mask, self.max_phys_bits)
+
+    # ---- 5. throwing away
+    def catch_up(self) -> bool:
+        """Did backings change since the last look? Then the shadows are empty now, and the TLB must be flushed."""
+        if self.physical.generation == self.generation:
+            return False
+        self.generation = self.physical.generation
+        self._memory.drop_dead()
+        self._shadows.clear()
+        self._switch()
+        return True
+
+
+    def reset(self) -> None:
+        """CPUID or the guest's encryption changed: shadows made before do not count."""
+        self.generation = -1
+
+    # ---- for the model's own accesses (exception frames, string I/O, KVM_TRANSLATE)
+    def paging(self) -> Paging:
+        """The current mode and root."""
+        key, u64 = self._shadow.key, self._u64
+        if u64[_CR3] != key[1] or u64[_CR0] != key[0] or u64[_CR4] != key[2] or u64[self._efer] != key[3] or self.c_mask != key[4]:
+            self._switch()
+        return self._shadow.paging
+
+    def translate(self, va: int, write: bool, fetch: bool, user: bool) -> tuple[int, bool, bool]:
+        """(GFN, decrypted view, a store would be allowed too) of the page at `va`. Raises Fault or Refused."""
+        mapping = self.paging().walk(self.physical, va, write, fetch, user, bool(self._u64[_EFLAGS] & _AC))
+        return mapping.gfn, mapping.private, mapping.dirty
+
     def read(self, va: int, size: int, user: bool = False) -> bytes:
-        """Guest-virtual bytes. Raises Fault, Refused or UnsupportedMode."""
+        """Guest-virtual bytes. Raises Fault or Refused."""
         out = b""
         while size:
             view, at, part = self._piece(va, size, False, user)

@@ -68,7 +68,8 @@ _WRITE = uc.UC_CTL_IO_WRITE << 30
 _KICK_STUB = bytes.fromhex("833900 750a 488b4110 803800 7501 c3 ff6108".replace(" ", ""))
 _CONTEXT_HEADER = 40  # of a saved context, before the copy of the CPU structure
 _ENGINE_BYTES, _OBJECT_BYTES = 4096, 1 << 17  # of the engine's structure and of its CPU object: where to search
-_REG_EFLAGS, _REG_MSR = 25, 248  # UC_X86_REG_EFLAGS, UC_X86_REG_MSR (their module takes 10 ms to import)
+_MARK = 0x53_65_76_4D_4D_4D_4D_01
+_REG_EFLAGS, _REG_RAX, _REG_MSR = 25, 35, 248  # UC_X86_REG_EFLAGS, _RAX, _MSR (their module takes 10 ms to import)
 
 
 def _executable(code: bytes) -> tuple[mmap.mmap, int]:
@@ -92,21 +93,33 @@ _places: list[tuple[int, int]] = []  # offset of the CPU's pointer in the engine
 
 def _locate_state(handle: int, copy: bytes) -> int:
     """Where the CPU structure stands whose contents are `copy`: behind a pointer in the engine's structure. The same one
-    in every engine, so it is searched for once; a look through /proc makes sure each time, and a wild pointer no crash.
+    in every engine, so it is searched for once. Other copies may lie about in memory: only the structure itself follows
+    when RAX is written. All reads go through /proc, so that a wild pointer is no crash.
     """
     fd = os.open("/proc/self/mem", os.O_RDONLY)
     try:
         engine = os.pread(fd, _ENGINE_BYTES, handle)
-        for at, offset in _places:
-            pointer = int.from_bytes(engine[at : at + 8], "little")
-            if _peek(fd, pointer + offset, len(copy)) == copy:
-                return pointer + offset
+
+        def live(at: int, offset: int) -> int:
+            address = int.from_bytes(engine[at : at + 8], "little") + offset
+            mark = ctypes.c_uint64(_MARK)
+            _reg_write(handle, _REG_RAX, ctypes.addressof(mark))
+            followed = _peek(fd, address, 8) == bytes(mark) and _peek(fd, address + 8, len(copy) - 8) == copy[8:]
+            mark.value = int.from_bytes(copy[:8], "little")
+            _reg_write(handle, _REG_RAX, ctypes.addressof(mark))
+            return address if followed else 0
+
+        for place in _places:
+            if address := live(*place):
+                return address
         for at in range(0, len(engine) - 7, 8):
-            pointer = int.from_bytes(engine[at : at + 8], "little")
-            offset = _peek(fd, pointer, _OBJECT_BYTES).find(copy)
-            if offset >= 0:
-                _places.append((at, offset))
-                return pointer + offset
+            area = _peek(fd, int.from_bytes(engine[at : at + 8], "little"), _OBJECT_BYTES)
+            offset = area.find(copy)
+            while offset >= 0:
+                if address := live(at, offset):
+                    _places.append((at, offset))
+                    return address
+                offset = area.find(copy, offset + 1)
     finally:
         os.close(fd)
     raise EngineMismatch("the installed unicorn hides its CPU structure: install it with `pip install unicorn==2.1.4`")
@@ -122,11 +135,14 @@ def _peek(fd: int, address: int, size: int) -> bytes:
 class Native:
     """One Unicorn x86-64 engine in virtual-TLB mode. Not thread-safe: one caller at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, code_bytes: int = 0) -> None:
+        """`code_bytes`: room for translated code, if not the usual."""
         handle = _ptr()
         self._check(_open(uc.UC_ARCH_X86, uc.UC_MODE_64, ctypes.addressof(handle)), "open an engine")
         self.handle: int = handle.value or 0
         self._callbacks: list[object] = []  # ctypes callbacks must outlive the engine
+        if code_bytes:  # before the engine sets itself up, which the first call that needs its CPU does
+            self.control(uc.UC_CTL_TCG_BUFFER_SIZE, ctypes.c_uint32(code_bytes))
         copy = self._copy_of_state()
         address = _locate_state(self.handle, copy)
         self.state = memoryview((ctypes.c_ubyte * len(copy)).from_address(address)).cast("B")
@@ -144,7 +160,6 @@ class Native:
             self._check(_context_save(self.handle, context.value), "save a context")
             return ctypes.string_at((context.value or 0) + _CONTEXT_HEADER, size - _CONTEXT_HEADER)
         finally:
-            ctypes.memset(context.value, 0, size)  # or a search might find this copy
             _context_free(context.value)
 
     @staticmethod

@@ -85,7 +85,7 @@ class Registers:
     # ---- segments
     def segment(self, number: int) -> Segment:
         selector, _, base, limit, flags = _SEGMENT.unpack_from(self.native.state, SEGS + number * SEG_SIZE)
-        return Segment(selector, base, limit, flags)
+        return Segment(selector & 0xFFFF, base, limit, flags)
 
     def set_segment(self, number: int, segment: Segment) -> None:
         _SEGMENT.pack_into(self.native.state, SEGS + number * SEG_SIZE, segment.selector, 0, segment.base, segment.limit, segment.flags)

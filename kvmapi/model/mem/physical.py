@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kvmapi.model.memslots import Memslots, Slot
 
 _WINDOW_ALIGN = 1 << 30
+_MAX_TABLES = 4096  # pages of guest tables with a view of their own
 _TOP = 1 << 51  # end of the engine's physical addresses that windows may have
 
 
@@ -77,7 +78,7 @@ class Physical:
         self._free: dict[int, list[int]] = {}  # addresses of dropped windows, by their span
         self._readable: BitMap64 = BitMap64()  # caller's pages seen to be there
         self._writable: BitMap64 = BitMap64()
-        self._words: dict[tuple[int, bool], memoryview] = {}
+        self._words: dict[tuple[int, bool, bool], memoryview] = {}
         self.entered: BitMap64 = BitMap64()  # GFNs that some TLB may know since the last flush
 
     # ---- the rule
@@ -93,18 +94,22 @@ class Physical:
         window, offset, _ = self.locate(gfn, encrypted, write)
         return page_view(window.pointer + offset)
 
-    def words(self, gfn: int, encrypted: bool) -> memoryview:
-        """A page of guest tables as 512 64-bit words, to be read; `store_word` writes one."""
-        view = self._words.get((gfn, encrypted))
+    def words(self, gfn: int, encrypted: bool, wide: bool = True) -> memoryview:
+        """A page of guest tables as 512 64-bit words (`wide`) or 1024 32-bit ones, to be read; `store_word` writes one."""
+        view = self._words.get((gfn, encrypted, wide))
         if view is None:
-            view = self._words[gfn, encrypted] = self.page(gfn, encrypted, write=False).cast("Q")
+            if len(self._words) >= _MAX_TABLES:
+                self.flush()  # a guest with that many tables starts again with none
+            view = self.page(gfn, encrypted, write=False).cast("Q" if wide else "I")
+            self._words[gfn, encrypted, wide] = view
+            self.entered.add(gfn)  # shadow tables remember what stands here
         return view
 
-    def store_word(self, gfn: int, encrypted: bool, index: int, value: int) -> None:
+    def store_word(self, gfn: int, encrypted: bool, index: int, value: int, wide: bool = True) -> None:
         """Write an entry of a guest table (its accessed and dirty bits). A table in read-only memory stays as it is."""
         slot = self.slots.find(gfn)
         if slot is not None and not slot.readonly:
-            self.page(gfn, encrypted, write=True).cast("Q")[index] = value
+            self.page(gfn, encrypted, write=True).cast("Q" if wide else "I")[index] = value
 
     def populate(self, gfn: int) -> None:
         """Fault a page in, as a read of the guest would, without entering it anywhere. Raises Refused."""
@@ -272,12 +277,12 @@ class EncryptedPhysical(Physical):
             window = self._add_window(secure, secure.arena.size, secure.arena.address)
         return window, frame.index * PAGE, write
 
-    def store_word(self, gfn: int, encrypted: bool, index: int, value: int) -> None:
+    def store_word(self, gfn: int, encrypted: bool, index: int, value: int, wide: bool = True) -> None:
         secure, slot = self.secure, self.slots.find(gfn)
         if secure is None or not encrypted or slot is None or slot.readonly:
-            super().store_word(gfn, encrypted, index, value)
+            super().store_word(gfn, encrypted, index, value, wide)
             return
-        self.words(gfn, encrypted)[index] = value  # not through a TLB: the frame is unsaved once, not for good
+        self.words(gfn, encrypted, wide)[index] = value  # not through a TLB: the frame is unsaved once, not for good
         secure.mark_unsaved(slot.hva_of(gfn))
         if slot.dirty is not None:
             mark_dirty(slot, gfn)

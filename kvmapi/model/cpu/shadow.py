@@ -1,0 +1,98 @@
+"""Shadow tables: what was converted from the guest's own, ready to be entered into the engine's TLB again.
+
+The engine's TLB is small and is emptied by every MOV to CR3. A shadow remembers, for one root and one paging mode, each
+page that was looked up: the guest's entries it came from *with their values*, the engine's address of its backing, and
+the accesses that it allows. A remembered page is used only while all those entries still hold these values. That makes
+a shadow right without watching the guest's stores: whoever changed a table (the guest, another vCPU, the VMM) has
+changed a value, and the next look-up walks again. So several shadows stay warm while the guest switches between its
+processes, and nothing has to be trapped for it.
+
+Bounds: a vCPU keeps at most `MAX_SHADOWS` shadows with `MAX_PAGES` pages together, whatever the guest does.
+"""
+
+from __future__ import annotations
+
+from kvmapi.model.cpu.paging import Mapping, Paging, Step
+
+MAX_SHADOWS = 8
+MAX_PAGES = 16384
+_NOTHING = memoryview(bytes(8)).cast("Q")
+_NO_STEP: Step = (_NOTHING, 0, 0)
+_LEVELS = 4
+
+READ, WRITE, FETCH, USER, AC = 0, 1, 2, 4, 8
+"""An access as a number below 16: its kind, and whether user code makes it, and whether RFLAGS.AC is set."""
+
+# Four entries (table, index, value), the engine's address, a bit per access that is allowed, GFN and host address.
+Page = tuple[memoryview, int, int, memoryview, int, int, memoryview, int, int, memoryview, int, int, int, int, int, int]
+
+
+class Shadow:
+    """Converted pages of one address space, by guest-virtual page address."""
+
+    __slots__ = ("key", "pages", "paging")
+
+    def __init__(self, key: tuple[int, ...], paging: Paging) -> None:
+        self.key = key
+        self.paging = paging
+        self.pages: dict[int, Page] = {}
+
+
+class Shadows:
+    """The shadows of one vCPU, the one used last at the end."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, ...], Shadow] = {}
+        self._room = MAX_PAGES
+
+    def switch(self, cr0: int, cr3: int, cr4: int, efer: int, c_mask: int, phys_bits: int) -> Shadow:
+        """The shadow of this root and mode, warm if it was kept; the one unused for longest makes room for a new one."""
+        key = (cr0, cr3, cr4, efer, c_mask)
+        shadow = self._kept.pop(key, None)
+        if shadow is None:
+            if len(self._kept) >= MAX_SHADOWS:
+                self._drop(next(iter(self._kept)))
+            shadow = Shadow(key, Paging(cr0, cr3, cr4, efer, c_mask, phys_bits))
+        self._kept[key] = shadow
+        return shadow
+
+    def _drop(self, key: tuple[int, ...]) -> None:
+        self._room += len(self._kept.pop(key).pages)
+
+    def remember(self, shadow: Shadow, va: int, mapping: Mapping, writable: bool, address: int, pointer: int) -> Page:
+        """Keep what `va` was converted to. `writable`: its backing is ready for stores."""
+        if va not in shadow.pages:
+            if not self._room:
+                self.clear()
+                self._kept[shadow.key] = shadow
+            self._room -= 1
+        steps = mapping.steps + (_NO_STEP,) * (_LEVELS - len(mapping.steps))
+        first, second, third, fourth = steps
+        page = (*first, *second, *third, *fourth, address, self._accesses(shadow.paging, mapping, writable), mapping.gfn, pointer)
+        shadow.pages[va] = page
+        return page
+
+    @staticmethod
+    def _accesses(paging: Paging, mapping: Mapping, writable: bool) -> int:
+        """The accesses that need no further look: stores only to pages that are dirty already; fetches only where they
+        see what loads see.
+        """
+        key = (mapping.rights, writable and mapping.dirty, mapping.private == paging.encrypted)
+        found = paging.accesses.get(key)
+        if found is None:
+            found = 0
+            for access in range(16):
+                write, fetch = access & 3 == WRITE, access & 3 == FETCH
+                if access & 3 == 3 or (write and not key[1]) or (fetch and not key[2]):
+                    continue
+                if paging.allows(mapping.rights, write, fetch, bool(access & USER), bool(access & AC)):
+                    found |= 1 << access
+            paging.accesses[key] = found
+        return found
+
+    def clear(self) -> None:
+        """Throw everything away: backings changed."""
+        for shadow in self._kept.values():
+            shadow.pages.clear()
+        self._kept.clear()
+        self._room = MAX_PAGES
