@@ -229,6 +229,14 @@ class Vcpu(Descriptor):
         """Inject a non-maskable interrupt."""
         self.ioctl(ioctls.KVM_NMI)
 
+    def get_lapic(self) -> v.kvm_lapic_state:
+        """The in-kernel local APIC's registers, as its MMIO page shows them."""
+        return self._get(ioctls.KVM_GET_LAPIC, v.kvm_lapic_state)
+
+    def set_lapic(self, state: v.kvm_lapic_state) -> None:
+        """Write them."""
+        self.ioctl(ioctls.KVM_SET_LAPIC, state)
+
     def set_guest_debug(self, control: int, debugreg: Sequence[int] = ()) -> None:
         """KVM_SET_GUEST_DEBUG: KVM_GUESTDBG_* and, for hardware breakpoints, DR0..DR7."""
         argument = v.kvm_guest_debug(control=control)

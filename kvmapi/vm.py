@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from errno import EIO
 from typing import TYPE_CHECKING
 
-from kvmapi.abi import ioctls, kvm
+from kvmapi.abi import ioctls, irq, kvm
 from kvmapi.abi import structs as s
 from kvmapi.abi.psp import SEV_RET_NO_FW_CALL, SEV_RET_SUCCESS
 from kvmapi.abi.sev import COMMAND_NAMES, kvm_sev_cmd
+from kvmapi.buffers import HeaderAndEntries
 from kvmapi.descriptor import Descriptor
 from kvmapi.errors import KvmError, command_error
 from kvmapi.host import Host
@@ -119,6 +120,56 @@ class Vm(Descriptor):
             bitmaps.append(bitmap)
             argument.ranges[i] = s.kvm_msr_filter_range(r.flags, r.nmsrs, r.base, ctypes.addressof(bitmap))
         self.ioctl(ioctls.KVM_X86_SET_MSR_FILTER, argument)
+
+    # --- interrupts
+
+    def create_irqchip(self) -> None:
+        """Make the in-kernel interrupt controllers; each vCPU made afterwards has a local APIC."""
+        self.ioctl(ioctls.KVM_CREATE_IRQCHIP)
+
+    def get_irqchip(self, chip_id: int) -> irq.kvm_irqchip:
+        """The state of a chip, KVM_IRQCHIP_*."""
+        chip = irq.kvm_irqchip(chip_id=chip_id)
+        self.ioctl(ioctls.KVM_GET_IRQCHIP, chip)
+        return chip
+
+    def set_irqchip(self, chip: irq.kvm_irqchip) -> None:
+        """Write it."""
+        self.ioctl(ioctls.KVM_SET_IRQCHIP, chip)
+
+    def irq_line(self, gsi: int, level: int) -> int:
+        """Raise (1) or lower (0) a GSI. Below 0: ignored (masked, or not routed); 0: merged with an interrupt that
+        waits; above 0: how many CPUs took it.
+        """
+        argument = irq.kvm_irq_level(irq=gsi, level=level)
+        self.ioctl(ioctls.KVM_IRQ_LINE_STATUS, argument)
+        return int(argument.status)
+
+    def signal_msi(self, address: int, data: int) -> int:
+        """Deliver a message-signalled interrupt; how many APICs took it. Raises `KvmError` with EPERM where it is for
+        all of them and none is on.
+        """
+        return self.ioctl(ioctls.KVM_SIGNAL_MSI, irq.kvm_msi(address & 0xFFFFFFFF, address >> 32, data))
+
+    def irqfd(self, fd: int, gsi: int, flags: int = 0, resamplefd: int = 0) -> None:
+        """Let writes to an eventfd raise a GSI (KVM_IRQFD_FLAG_*). With RESAMPLE the line stays high until the guest
+        ends the interrupt, which then signals `resamplefd`.
+        """
+        self.ioctl(ioctls.KVM_IRQFD, irq.kvm_irqfd(fd, gsi, flags, resamplefd))
+
+    def ioeventfd(self, fd: int, address: int, length: int, flags: int = 0, datamatch: int = 0) -> None:
+        """Let a guest's write of `length` bytes (0: any) to an MMIO address or a port signal an eventfd instead of
+        exiting (KVM_IOEVENTFD_FLAG_*).
+        """
+        self.ioctl(ioctls.KVM_IOEVENTFD, irq.kvm_ioeventfd(datamatch, address, length, fd, flags))
+
+    def set_gsi_routing(self, entries: Sequence[irq.kvm_irq_routing_entry]) -> None:
+        """Replace the routing table."""
+        argument = HeaderAndEntries(irq.kvm_irq_routing, irq.kvm_irq_routing_entry, len(entries))
+        argument.header.nr = len(entries)
+        for at, entry in zip(argument.entries, entries):
+            ctypes.pointer(at)[0] = entry
+        self.ioctl(ioctls.KVM_SET_GSI_ROUTING, argument.header)
 
     # --- SEV
 

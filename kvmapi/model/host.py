@@ -11,7 +11,7 @@ import mmap
 import os
 from collections.abc import Callable
 
-from kvmapi.model.caller import Errno, OwnMemory, own_memlock_limit
+from kvmapi.model.caller import Errno, EventFd, OwnMemory, own_eventfd, own_memlock_limit
 from kvmapi.model.files import File, Foreign
 
 _DEVICES = ("/dev/kvm", "/dev/sev")
@@ -145,6 +145,10 @@ class ModelHost:
             raise Errno(failure.errno or errno.EMFILE) from None
         self._files[fd] = (file, os.fstat(fd).st_ino)
         return fd
+
+    def eventfd(self, fd: int) -> EventFd:
+        """An eventfd of this process."""
+        return own_eventfd(fd)
 
     def memlock_limit(self) -> int | None:
         """RLIMIT_MEMLOCK of this process in bytes, or None: no limit, or the platform does not apply it."""

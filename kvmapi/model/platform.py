@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from kvmapi.abi import caps, kvm
 from kvmapi.model.cpu import cpuid, fpu
 from kvmapi.model.dirty_log import ALL_OPTIONS
+from kvmapi.model.irq.routing import MAX_ROUTES
 from kvmapi.model.memslots import USER_SLOTS
 
 if TYPE_CHECKING:
@@ -70,6 +71,17 @@ _FIXED = {
     caps.KVM_CAP_XSAVE2: fpu.XSAVE_SIZE,
     caps.KVM_CAP_XCRS: 1,
     caps.KVM_CAP_GET_TSC_KHZ: 1,
+    caps.KVM_CAP_IRQCHIP: 1,
+    caps.KVM_CAP_IRQ_ROUTING: MAX_ROUTES,
+    caps.KVM_CAP_IRQ_INJECT_STATUS: 1,
+    caps.KVM_CAP_SIGNAL_MSI: 1,
+    caps.KVM_CAP_IRQFD: 1,
+    caps.KVM_CAP_IRQFD_RESAMPLE: 1,
+    caps.KVM_CAP_IOEVENTFD: 1,
+    caps.KVM_CAP_IOEVENTFD_NO_LENGTH: 1,
+    caps.KVM_CAP_IOEVENTFD_ANY_LENGTH: 1,
+    caps.KVM_CAP_TSC_DEADLINE_TIMER: 1,
+    caps.KVM_CAP_X2APIC_API: kvm.KVM_X2APIC_API_USE_32BIT_IDS | kvm.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
 }
 
 

@@ -30,7 +30,6 @@ class RunPage:
         os.ftruncate(self._fd, SIZE)
         self.memory = mmap.mmap(self._fd, SIZE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        self.apic_base = 0
 
     def map(self, length: int, prot: int, flags: int, offset: int) -> mmap.mmap:
         """The VMM's mapping; EINVAL beyond the area, as a fault there would be SIGBUS."""
@@ -49,9 +48,9 @@ class RunPage:
         _REASON.pack_into(self.memory, EXIT_REASON, reason)
         return 0
 
-    def after_run(self, ready: bool, interrupts: bool, cr8: int) -> None:
+    def after_run(self, ready: bool, interrupts: bool, cr8: int, apic_base: int) -> None:
         """What every return of KVM_RUN fills in: may user space inject an interrupt, RFLAGS.IF, CR8, APIC base."""
-        _AFTER.pack_into(self.memory, _AFTER_AT, ready, interrupts, 0, cr8, self.apic_base)
+        _AFTER.pack_into(self.memory, _AFTER_AT, ready, interrupts, 0, cr8, apic_base)
 
     def payload(self, reason: int, layout: str, *values: object) -> int:
         """An exit whose union member is `values` packed by `layout` from offset 32."""
@@ -79,6 +78,11 @@ class RunPage:
         return self.payload(kvm.KVM_EXIT_INTERNAL_ERROR, f"<II{len(data)}Q", suberror, len(data), *data)
 
     # ---- reading answers
+    @property
+    def wants_exit(self) -> bool:
+        """immediate_exit."""
+        return bool(self.memory[IMMEDIATE_EXIT])
+
     def read(self, layout: str, offset: int) -> int:
         """One number the VMM may have written."""
         return int(struct.unpack_from(layout, self.memory, offset)[0])

@@ -15,9 +15,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import ioctls, kvm
+from kvmapi.model.activity import Activity
 from kvmapi.model.caller import Caller, Errno
 from kvmapi.model.cpu import events, fpu, layout, sregs
 from kvmapi.model.cpu.cpu import KICKED, Cpu
+from kvmapi.model.cpu.privileged import HALTED
 from kvmapi.model.files import File
 from kvmapi.model.lock import SLICE
 from kvmapi.model.prefault import pre_fault
@@ -52,8 +54,13 @@ class VcpuFile(File):
         self.inside = Inside(self.cpu.kick)
         WATCHER.add(self.inside)
         self._turn = -1
-        self._dead = self._gone = False
+        self.dead = self._gone = False
         self.entered = False  # did the guest ever run? Then its CPUID stays
+        self.activity = Activity(self)
+        self.cpu.lapic = self.cpu.msrs.lapic = self.activity.lapic
+        if self.cpu.lapic is not None:
+            self.cpu.lapic.tsc_now = self.cpu.msrs.tsc
+            self.cpu.code.watch_flags = True  # interrupts will wait for IF: scan for what sets it from the start
         self.state = VcpuState(self)
         vm.acquire()
         sregs.reset(self.cpu)
@@ -71,11 +78,11 @@ class VcpuFile(File):
         def call(arg: int, caller: Caller) -> int:
             try:
                 with self.mutex:
-                    if self._dead:
+                    if self.dead:
                         raise Errno(errno.EBADF)
                     return method(arg, caller)
             finally:
-                if self._dead:
+                if self.dead:
                     self._reap()
 
         return call
@@ -85,7 +92,7 @@ class VcpuFile(File):
 
     def destroy(self) -> None:
         # A vCPU that is inside KVM_RUN on another thread is torn down by that thread when it leaves.
-        self._dead = True
+        self.dead = True
         self._reap()
 
     def _reap(self) -> None:
@@ -125,7 +132,7 @@ class VcpuFile(File):
             raise Errno(errno.EINVAL)
         try:
             with self.mutex:
-                if self._dead:
+                if self.dead:
                     raise Errno(errno.EBADF)
                 self.inside.enter()
                 try:
@@ -133,21 +140,21 @@ class VcpuFile(File):
                 finally:
                     self.inside.leave()
         finally:
-            if self._dead:
+            if self.dead:
                 self._reap()
 
     def _run_unwatched(self, arg: int, caller: Caller) -> int:
         try:
             with self.mutex:
-                if self._dead:
+                if self.dead:
                     raise Errno(errno.EBADF)
                 return self._run_locked()
         finally:
-            if self._dead:
+            if self.dead:
                 self._reap()
 
     def _run_locked(self) -> int:
-        vm, cpu = self.vm, self.cpu
+        vm, cpu, activity = self.vm, self.cpu, self.activity
         if not vm.sev.may_run():
             raise Errno(errno.EINVAL)
         try:
@@ -155,7 +162,7 @@ class VcpuFile(File):
         except Errno:
             self._after_run()
             raise
-        window = bool(self.page.memory[REQUEST_WINDOW])
+        window = bool(self.page.memory[REQUEST_WINDOW]) and cpu.lapic is None
         if window != cpu.events.window_wanted:
             cpu.events.window_wanted, cpu.attention = window, True
         lock = vm.lock
@@ -164,7 +171,11 @@ class VcpuFile(File):
             vm.physical.enter()
             try:
                 result, entering = cpu.privileged.complete(), True
-                while result is None or result == KICKED:
+                if cpu.lapic is not None:
+                    activity.settle()
+                    if activity.state == kvm.KVM_MP_STATE_UNINITIALIZED and result is None:
+                        return self._wait_to_be_started()
+                while result is None or result >= KICKED:
                     if self.page.memory[IMMEDIATE_EXIT] or self.inside.interrupted:
                         if result == KICKED:
                             self.page.head(kvm.KVM_EXIT_INTR)
@@ -172,6 +183,14 @@ class VcpuFile(File):
                     if result == KICKED:
                         lock.release()
                         lock.acquire(cpu.kick, SLICE)
+                    elif result == HALTED:
+                        activity.halt()
+                        activity.settle()
+                    if activity.asked:
+                        activity.settle()
+                    if not activity.runs:
+                        result = self._sleep()
+                        continue
                     # Who else may have changed code? Other vCPUs and ioctls, if they had the lock since; and the VMM
                     # at every entry, but what it does to encrypted pages `enter` has noticed already.
                     if lock.turns != self._turn + 1 or (entering and not cpu.code.secret):
@@ -190,17 +209,39 @@ class VcpuFile(File):
         finally:
             lock.release()
 
+    def _sleep(self) -> int | None:
+        """Let others have the engine until the vCPU is to be looked at again (None), or KVM_RUN must return."""
+        self.vm.physical.leave()
+        self.vm.lock.release()
+        try:
+            result = self.activity.sleep()
+        finally:
+            self.vm.lock.acquire(self.cpu.kick, SLICE)
+            self.vm.physical.enter()
+        self.activity.settle()
+        return result
+
+    def _wait_to_be_started(self) -> int:
+        """A processor that was never started sleeps until somebody asks something of it, and tells user space so."""
+        result = None
+        while result is None and self.activity.state == kvm.KVM_MP_STATE_UNINITIALIZED:
+            result = self._sleep()
+        return -errno.EAGAIN if result is None else result
+
     def _after_run(self) -> None:
         """The fields that every return of KVM_RUN fills in."""
         cpu = self.cpu
         enabled = cpu.registers.u64[layout.EFLAGS >> 3] & _IF != 0
-        self.page.after_run(enabled and cpu.events.takes_interrupts(), enabled, cpu.cr8)
+        ready = cpu.lapic is not None or (enabled and cpu.events.takes_interrupts())
+        self.page.after_run(ready, enabled, cpu.cr8, cpu.msrs.apic_base)
 
     def _take_user_state(self) -> int:
         """What user space left in kvm_run for this entry; the registers it wants at the exit."""
         valid, dirty = _SYNC.unpack_from(self.page.memory, _SYNC_AT)
         if valid or dirty:
             self._take_sync_regs(valid, dirty)
+        if self.cpu.lapic is not None:
+            return int(valid)
         task_priority = self.page.read("<Q", CR8)  # without an in-kernel APIC, user space holds it
         if task_priority >> 4:
             raise Errno(errno.EINVAL)

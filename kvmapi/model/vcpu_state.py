@@ -17,7 +17,8 @@ from kvmapi.model.caller import PAGE, Caller, Errno
 from kvmapi.model.cpu import events, layout, sregs
 from kvmapi.model.cpu.cpuid import OSXSAVE, SEV_LEAF, Leaf, Table
 from kvmapi.model.cpu.mmu import Fault, UnsupportedMode
-from kvmapi.model.cpu.msrs import APIC_BASE, NoSuchMsr
+from kvmapi.model.cpu.msrs import NoSuchMsr
+from kvmapi.model.irq import state as irq_state
 from kvmapi.model.mem.physical import Refused
 from kvmapi.model.platform import C_BIT
 from kvmapi.model.vcpu_fpu import FpuState
@@ -51,13 +52,13 @@ class VcpuState:
     def __init__(self, vcpu: VcpuFile) -> None:
         self._vcpu = vcpu
         self._cpu = vcpu.cpu
-        self._mp_state = kvm.KVM_MP_STATE_RUNNABLE
         self.fpu = FpuState(vcpu.cpu)
 
     def handlers(self) -> dict[int, Method]:
         """Request number -> method; the caller adds the locking."""
         return {
             **self.fpu.handlers(),
+            **irq_state.handlers(self._vcpu.activity),
             ioctls.KVM_GET_REGS: self._get_regs,
             ioctls.KVM_SET_REGS: self._set_regs,
             ioctls.KVM_GET_SREGS: self._get_sregs,
@@ -129,7 +130,6 @@ class VcpuState:
     def _unpack_system(self, data: bytes) -> bool:
         if not sregs.unpack(self._cpu, data, self._vcpu.vm.sev.c_mask_offered(self._cpu.cpuid)):
             return False
-        self._vcpu.page.apic_base = self._cpu.msrs.read(APIC_BASE)
         self._cpu.mmu.reset()
         return True
 
@@ -166,6 +166,7 @@ class VcpuState:
         if flags or dr6 >> 32 or dr7 >> 32:
             raise Errno(errno.EINVAL)
         struct.pack_into("<4Q16xQQ", self._cpu.native.state, self._cpu.where.debug, *addresses, dr6, dr7)
+        self._cpu.debug.guest_changed()
         return 0
 
     def _set_guest_debug(self, arg: int, caller: Caller) -> int:
@@ -199,6 +200,8 @@ class VcpuState:
         vector = struct.unpack("<I", caller.memory.read(arg, 4))[0]
         if vector > 255:
             raise Errno(errno.EINVAL)
+        if self._cpu.lapic is not None:
+            raise Errno(errno.ENXIO)  # interrupts come from the controllers
         self._cpu.events.queue_interrupt(vector)
         return 0
 
@@ -217,12 +220,12 @@ class VcpuState:
         return 0
 
     def _get_mp_state(self, arg: int, caller: Caller) -> int:
-        caller.memory.write(arg, struct.pack("<I", self._mp_state))
+        caller.memory.write(arg, struct.pack("<I", self._vcpu.activity.state))
         return 0
 
     def _set_mp_state(self, arg: int, caller: Caller) -> int:
         state = struct.unpack("<I", caller.memory.read(arg, 4))[0]
-        if state != kvm.KVM_MP_STATE_RUNNABLE:  # the others need an in-kernel APIC
+        if not self._vcpu.activity.set_state(state):
             raise Errno(errno.EINVAL)
         return 0
 
@@ -245,6 +248,8 @@ class VcpuState:
         if any(row.function == _SIZES_LEAF and row.eax >> 8 & 0xFF not in (0, 48, 57) for row in rows):
             raise Errno(errno.EINVAL)
         self._cpu.cpuid = self._cpu.msrs.offered = Table(rows)
+        if self._cpu.lapic is not None:
+            self._cpu.lapic.tsc_deadline_offered = self._cpu.cpuid.tsc_deadline
         self.update_encryption()
         return 0
 

@@ -20,6 +20,7 @@ from kvmapi.model.cpu.privileged import ExitPolicy
 from kvmapi.model.dirty_log import DirtyLog, bitmap
 from kvmapi.model.files import File
 from kvmapi.model.guest_memfd import GuestMemfdFile, supported_flags
+from kvmapi.model.irq.vm import VmInterrupts
 from kvmapi.model.lock import EngineLock
 from kvmapi.model.mem.physical import EncryptedPhysical, Physical, ProtectedPhysical
 from kvmapi.model.memslots import Memslots, Request, Slot
@@ -59,6 +60,7 @@ class VmFile(File):
         self._vcpu_ids = 0  # ids of vCPUs end here, once that is set
         self._vcpus_mutex = threading.Lock()
         self.sev = SevContext(self)
+        self.interrupts = VmInterrupts(self.exits)
         self.handlers = {
             ioctls.KVM_CHECK_EXTENSION: self._check_extension,
             ioctls.KVM_CREATE_VCPU: self._create_vcpu,
@@ -76,6 +78,8 @@ class VmFile(File):
             ioctls.KVM_MEMORY_ENCRYPT_REG_REGION: self.sev.register_region,
             ioctls.KVM_MEMORY_ENCRYPT_UNREG_REGION: self.sev.unregister_region,
             ioctls.KVM_SET_MEMORY_ATTRIBUTES: self._set_attributes,
+            ioctls.KVM_CREATE_IRQCHIP: self._create_irqchip,
+            **self.interrupts.handlers(),
         }
 
     def _make_physical(self) -> Physical:
@@ -87,6 +91,7 @@ class VmFile(File):
         return Physical(self.slots, self.memory)
 
     def destroy(self) -> None:
+        self.interrupts.destroy()
         self.sev.destroy()
         self.physical.destroy()
         for slot in self.slots.all():
@@ -128,6 +133,8 @@ class VmFile(File):
             self.exits.msr_reasons = first
         elif cap == caps.KVM_CAP_MAX_VCPU_ID:
             self._limit_vcpu_ids(first)
+        elif cap == caps.KVM_CAP_X2APIC_API:
+            self.interrupts.enable_x2apic_api(first)
         else:
             raise Errno(errno.EINVAL)
         return 0
@@ -259,6 +266,11 @@ class VmFile(File):
         return 0
 
     # ---- vCPUs
+    def _create_irqchip(self, arg: int, caller: Caller) -> int:
+        with self._vcpus_mutex:
+            self.interrupts.create(bool(self.vcpus))
+        return 0
+
     def _create_vcpu(self, arg: int, caller: Caller) -> int:
         from kvmapi.model.vcpu import VcpuFile
 

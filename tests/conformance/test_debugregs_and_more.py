@@ -64,13 +64,13 @@ def test_the_guest_reads_and_writes_them(any_host: Any) -> None:
         registers = guest.vcpu.get_debugregs()
         registers.db[0], registers.dr6 = 0x123456789A, DR6 | 2
         guest.vcpu.set_debugregs(registers)
-        assert guest.again(rsi=0xABCDEF, rdi=DR7 | 0x1000) == Hlt()
+        assert guest.again(rsi=0xABCDEF, rdi=DR7 | 0x10000) == Hlt()
         regs = guest.regs()
         assert (regs.rax, regs.rcx, regs.rdx) == (0x123456789A, DR6 | 2, DR7)
         after = guest.vcpu.get_debugregs()
         assert (after.db[0], after.db[1]) == (0x123456789A, 0xABCDEF)
         if feature(guest, "hardware virtualization"):  # the paravirtual kernel keeps DR7 to itself
-            assert after.dr7 == DR7 | 0x1000
+            assert after.dr7 == DR7 | 0x10000
 
 
 # ---- MP_STATE

@@ -20,7 +20,7 @@ def test_any_bytes(code: bytes, bits: int, tail: int) -> None:
     sites = scan.find(code, usable, bits)
     for at, site in sites.items():
         assert 0 <= at < usable and 1 <= site.length <= scan.MAX_LENGTH + 1
-        assert site.size in (1, 2, 4) and site.address_size in (2, 4, 8) and 0 <= site.segment <= 5
+        assert site.size in (1, 2, 4, 8) and site.address_size in (2, 4, 8) and 0 <= site.segment <= 5
         assert site.port is None or 0 <= site.port <= 255
     # every opcode byte that may start such an instruction by itself is found
     for at, byte in enumerate(code[:usable]):

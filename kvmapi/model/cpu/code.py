@@ -14,6 +14,7 @@ difference throws all translations away.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import zlib
 from collections.abc import Callable
 
@@ -28,22 +29,36 @@ _TAIL = scan.MAX_LENGTH - 1
 
 
 class CodePage:
-    """One page of code at one virtual page, as it was scanned."""
+    """One page of code at one virtual page, as it was scanned. `stops` are the offsets at which a sensitive instruction
+    may start, in code of any width; `watches` those at which only IF, or the end of an NMI handler, is at stake.
+    """
 
-    __slots__ = ("pointer", "secret", "sites", "stamp", "tail", "view")
+    __slots__ = ("_flags", "_sites", "pointer", "secret", "stamp", "stops", "tail", "view", "watches")
 
-    def __init__(self, pointer: int, tail: bytes, bits: int, secret: bool, flags: bool) -> None:
+    def __init__(self, pointer: int, tail: bytes, secret: bool, flags: bool) -> None:
         self.pointer = pointer
         self.secret = secret
         self.view = page_view(pointer)
         self.tail = tail
-        copy = bytearray(PAGE + len(tail))
-        with memoryview(copy) as target:  # a slice of the bytearray itself would be assigned through a second copy
-            target[:PAGE] = self.view
-            target[PAGE:] = tail
-        self.sites = scan.find(copy, PAGE, bits, flags)
-        copy[:] = bytes(len(copy))  # plaintext must not stay on the heap
+        self._flags = flags
+        self._sites: dict[int, dict[int, Site]] = {}
+        found = [self.sites(bits) for bits in (64, 32, 16)]
+        kinds = {at: site.kind for sites in found for at, site in sites.items()}
+        self.watches = frozenset(at for at, kind in kinds.items() if kind in scan.FLAG_KINDS)
+        self.stops = frozenset(kinds.keys() - self.watches)
         self.stamp = self._stamp()
+
+    def sites(self, bits: int) -> dict[int, Site]:
+        """The sensitive instructions by offset, in code of this width."""
+        found = self._sites.get(bits)
+        if found is None:
+            copy = bytearray(PAGE + len(self.tail))
+            with memoryview(copy) as target:  # a slice of the bytearray itself would be assigned through a second copy
+                target[:PAGE] = self.view
+                target[PAGE:] = self.tail
+            found = self._sites[bits] = scan.find(copy, PAGE, bits, self._flags)
+            copy[:] = bytes(len(copy))  # plaintext must not stay on the heap
+        return found
 
     def _stamp(self) -> bytes | int:
         return zlib.crc32(self.view) if self.secret else bytes(self.view)
@@ -60,17 +75,18 @@ class CodePage:
 class CodeCache:
     """All code pages of one vCPU's engine."""
 
-    def __init__(self, native: Native, read: Callable[[int, int], bytes]) -> None:
+    def __init__(self, native: Native, kick: ctypes.Array[ctypes.c_uint64], read: Callable[[int, int], bytes]) -> None:
         self.secret = False  # pages are plaintext of an encrypted guest: keep checksums of them, no copies
-        self.watch_flags = False  # instructions that change IF, or end an NMI handler, stop the engine too; flush after a change
+        self.watch_flags = False  # instructions that change IF, or end an NMI handler, can stop the engine too; flush after a change
         self.breakpoints: frozenset[int] = frozenset()  # addresses at which user space wants a stop; flush after a change
         self._native = native
+        self._kick = kick
         self._read = read  # guest-virtual bytes, for the tail in the next page
         self._pages: dict[int, CodePage] = {}  # by virtual page
         self._hooks: dict[int, int] = {}
         self._overflow = False
 
-    def fetched(self, va: int, pointer: int, bits: int) -> None:
+    def fetched(self, va: int, pointer: int) -> None:
         """The engine is about to fetch from the page at `va`, which our process sees at `pointer`. May be called from
         inside the engine.
         """
@@ -79,27 +95,33 @@ class CodeCache:
             tail = b""
             with contextlib.suppress(Exception):  # the next page may be anything: then no instruction continues there
                 tail = self._read(va + PAGE, _TAIL)
-            page = self._pages[va] = CodePage(pointer, tail, bits, self.secret, self.watch_flags)
+            page = self._pages[va] = CodePage(pointer, tail, self.secret, self.watch_flags)
             self._hook(va, page)
         before = self._pages.get(va - PAGE)
         if before is not None and before.tail != page.head():
             # An instruction may reach from the page before into this one, and was scanned without it.
-            self._pages[va - PAGE] = again = CodePage(before.pointer, page.head(), bits, self.secret, self.watch_flags)
-            if again.sites.keys() - before.sites.keys():
+            self._pages[va - PAGE] = again = CodePage(before.pointer, page.head(), self.secret, self.watch_flags)
+            if again.stops - before.stops or again.watches - before.watches:
                 self._hook(va - PAGE, again)
                 self._native.flush_code()
 
     def _hook(self, va: int, page: CodePage) -> None:
-        wanted = [va + offset for offset in page.sites] + [at for at in self.breakpoints if at & -PAGE == va]
-        for address in wanted:
-            if address not in self._hooks:
-                self._hooks[address] = self._native.hook_stop_at(address)
-        self._overflow = len(self._hooks) > _MAX_HOOKS
+        hooks, native = self._hooks, self._native
+        for offset in page.stops:
+            if va + offset not in hooks:
+                hooks[va + offset] = native.hook_stop_at(va + offset)
+        for address in self.breakpoints:
+            if address & -PAGE == va and address not in hooks:
+                hooks[address] = native.hook_stop_at(address)
+        for offset in page.watches:
+            if va + offset not in hooks:
+                hooks[va + offset] = native.hook_watch_at(va + offset, self._kick)
+        self._overflow = len(hooks) > _MAX_HOOKS
 
-    def site(self, va: int) -> Site | None:
-        """The sensitive instruction at `va`, if the code there is what was scanned."""
+    def site(self, va: int, bits: int) -> Site | None:
+        """The sensitive instruction at `va` in code of this width, if the code there is what was scanned."""
         page = self._pages.get(va & -PAGE)
-        return page.sites.get(va & (PAGE - 1)) if page is not None else None
+        return page.sites(bits).get(va & (PAGE - 1)) if page is not None else None
 
     def bytes_at(self, va: int, size: int) -> bytes:
         """Up to `size` bytes of code at `va`, as scanned; nothing if that page was not."""

@@ -14,11 +14,13 @@ engine at each start.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from unicorn import unicorn_const as uc
 
 from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE
-from kvmapi.model.cpu import inject, layout
+from kvmapi.model.cpu import inject, layout, scan
 from kvmapi.model.cpu.code import CodeCache
 from kvmapi.model.cpu.cpuid import Table
 from kvmapi.model.cpu.debug import BP_VECTOR, DB_VECTOR, GuestDebug
@@ -27,11 +29,15 @@ from kvmapi.model.cpu.mmio import MmioUnit, scratch_page
 from kvmapi.model.cpu.mmu import PF_VECTOR, Fault, Mmu, UnsupportedMode
 from kvmapi.model.cpu.msrs import Msrs
 from kvmapi.model.cpu.native import Native, TlbFill
+from kvmapi.model.cpu.paging import PF_P, PF_U
 from kvmapi.model.cpu.privileged import ExitPolicy, Privileged
-from kvmapi.model.cpu.state import Registers
+from kvmapi.model.cpu.state import GDT, IDT, LDT, TR, Registers
 from kvmapi.model.cpu.step import Stepper, Watch
 from kvmapi.model.mem.physical import EncryptedPhysical, Physical, Refused
 from kvmapi.model.runpage import IMMEDIATE_EXIT, RunPage
+
+if TYPE_CHECKING:
+    from kvmapi.model.irq.lapic import Lapic
 
 KICKED = 1 << 20  # no errno and no KVM_RUN result: the engine lock or the vCPU is wanted elsewhere
 _UD = 6
@@ -53,7 +59,8 @@ class Cpu:
         self.scratch = memoryview(self._scratch_page)
         self.mmu = Mmu(self.native, self.where, physical, self.scratch_address, self._fetched)
         self.stepper = Stepper(self)
-        self.code = CodeCache(self.native, self.mmu.read)
+        self.kick = self.native.hook_kick(page.address + IMMEDIATE_EXIT)
+        self.code = CodeCache(self.native, self.kick, self.mmu.read)
         self.cpuid = Table([])
         self.msrs = Msrs(self.registers, bootstrap=index == 0)
         self.privileged = Privileged(self, policy)
@@ -62,14 +69,42 @@ class Cpu:
         self.mmio = MmioUnit(self)
         self.refuses_entry = False  # a state that the processor does not enter the guest with
         self.attention = False  # events or debugging want a look before the guest is entered
-        self.cr8 = 0
+        self.lapic: Lapic | None = None  # where KVM_CREATE_IRQCHIP made controllers
+        self._policy = policy
+        self._cr8 = 0
         self.event = -1  # the exception that the engine reported last
         self._stepped = False  # was it the stepper that ran last?
         self._code_generation = physical.code_generation
         self.native.hook_tlb_fill(TlbFill(self.mmu.fill))
         self.native.hook_interrupts(self._interrupted)
-        self.kick = self.native.hook_kick(page.address + IMMEDIATE_EXIT)
         self.reason = ""  # why the last internal error, in words
+
+    @property
+    def cr8(self) -> int:
+        """The task priority, which the local APIC keeps where there is one."""
+        return self._cr8 if self.lapic is None else self.lapic.cr8
+
+    @cr8.setter
+    def cr8(self, value: int) -> None:
+        if self.lapic is None:
+            self._cr8 = value
+        else:
+            self.lapic.cr8 = value
+
+    def device_read(self, gpa: int, size: int) -> bytes | None:
+        """A load from where no memory is; None: nobody but user space has a device there."""
+        lapic, bus = self.lapic, self._policy.bus
+        if lapic is not None and gpa & -PAGE == lapic.page:
+            return lapic.read(gpa & (PAGE - 1), size).to_bytes(size, "little")
+        return bus.read("mmio", gpa, size) if bus is not None else None
+
+    def device_write(self, gpa: int, data: bytes) -> bool:
+        """A store to where no memory is; False: user space must hear of it."""
+        lapic, bus = self.lapic, self._policy.bus
+        if lapic is not None and gpa & -PAGE == lapic.page:
+            lapic.write(gpa & (PAGE - 1), len(data), int.from_bytes(data, "little"))
+            return True
+        return bus is not None and bus.write("mmio", gpa, data)
 
     def destroy(self) -> None:
         """Free the engine."""
@@ -84,7 +119,7 @@ class Cpu:
 
     def _fetched(self, va: int, gfn: int, pointer: int) -> None:
         self.code.secret = self.mmu.c_mask != 0
-        self.code.fetched(va, pointer, self.registers.code_bits)
+        self.code.fetched(va, pointer)
         if isinstance(self.physical, EncryptedPhysical):
             self.physical.executed(gfn)
 
@@ -195,7 +230,7 @@ class Cpu:
             rip = self.registers.linear_rip
             if rip in self.code.breakpoints:
                 return self._at_breakpoint(rip)
-            site = self.code.site(rip)
+            site = self.code.site(rip, self.registers.code_bits)
             if site is not None:
                 return self.privileged.execute(site)
             if self.kick[0] or self.page.memory[IMMEDIATE_EXIT]:
@@ -209,10 +244,10 @@ class Cpu:
 
     def _at_breakpoint(self, rip: int) -> int | None:
         """An execution breakpoint of user space; with RFLAGS.RF set, the instruction is executed all the same."""
-        result = self.debug.at_breakpoint(rip)
-        if result is not None:
-            return result
-        site = self.code.site(rip)
+        hits = self.debug.hits(rip)
+        if hits:
+            return self.debug.strike(hits)
+        site = self.code.site(rip, self.registers.code_bits)
         self.registers.set_flags(self.native.flags() & ~_RF)
         if site is not None:
             return self.privileged.execute(site)
@@ -223,6 +258,8 @@ class Cpu:
         if isinstance(why, Fault):
             if why.vector == PF_VECTOR:
                 why.address = self.fault_address()
+                if self._reads_descriptors(why):
+                    return self.after_step(self.step(flush=False, system=True))
             return self.raise_in_guest(why.vector, why.error, why.address)
         if isinstance(why, Refused):
             if why.kind == "mmio":
@@ -243,6 +280,22 @@ class Cpu:
         else:
             return self.internal_error(f"guest memory at {why.gpa:#x} is needed and is not there")
         return -why.number
+
+    def _reads_descriptors(self, fault: Fault) -> bool:
+        """Is this user code whose instruction reads a descriptor or a TSS? The processor does that with the supervisor's
+        rights, and the engine's TLB does not say who asks.
+        """
+        if fault.error is None or fault.error & (PF_P | PF_U) != PF_P | PF_U or self._stepped:
+            return False
+        tables = (self.registers.segment(number) for number in (GDT, LDT, TR, IDT))
+        if not any(0 <= fault.address - table.base <= table.limit for table in tables):
+            return False
+        try:
+            page_left = PAGE - (self.registers.linear_rip & (PAGE - 1))
+            code = self.mmu.read(self.registers.linear_rip, min(page_left, scan.MAX_LENGTH))
+        except (Fault, Refused):
+            return False
+        return scan.loads_descriptor(code, self.registers.code_bits)
 
     # ---- exceptions
     def _exception(self) -> int | None:

@@ -31,8 +31,8 @@ def _text(text: str) -> tuple[int, ...]:
 
 _VENDOR = _text("AuthenticAMD")
 _BRAND = _text("sevmm software model CPU".ljust(48, "\0"))
-# leaf 1: SSE3 PCLMULQDQ SSSE3 CX16 SSE4.1 SSE4.2 x2APIC MOVBE POPCNT AES XSAVE RDRAND, hypervisor
-_1_ECX = 1 << 0 | 1 << 1 | 1 << 9 | 1 << 13 | 1 << 19 | 1 << 20 | 1 << 22 | 1 << 23 | 1 << 25 | 1 << 26 | 1 << 30 | 1 << 31
+# leaf 1: SSE3 PCLMULQDQ SSSE3 CX16 SSE4.1 SSE4.2 x2APIC MOVBE POPCNT TSC-deadline AES XSAVE RDRAND, hypervisor
+_1_ECX = 1 << 0 | 1 << 1 | 1 << 9 | 1 << 13 | 0x1F << 19 | 1 << 24 | 1 << 25 | 1 << 26 | 1 << 30 | 1 << 31
 # FPU VME DE PSE TSC MSR PAE MCE CX8 APIC SEP MTRR PGE MCA CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2
 _1_EDX = 0x0F8BFBFF & ~(1 << 18 | 1 << 20) | 1 << 24 | 1 << 25 | 1 << 26
 _7_EBX = 1 << 0 | 1 << 3 | 1 << 7 | 1 << 8 | 1 << 19 | 1 << 20  # FSGSBASE BMI1 SMEP BMI2 ADX SMAP
@@ -85,6 +85,7 @@ class Table:
         self.cr4_valid = CR4_ALWAYS | self._offered(_CR4_OFFERED)
         self.efer_valid = 1 | self._offered(_EFER_OFFERED)
         self.x2apic = bool(self._offered(((0, 1, "ecx", 21),)))
+        self.tsc_deadline = bool(self._offered(((0, 1, "ecx", 24),)))
 
     def _offered(self, bits: tuple[tuple[int, int, str, int], ...]) -> int:
         """The control register bits that this table offers."""

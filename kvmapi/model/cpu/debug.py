@@ -5,6 +5,7 @@
 - Software breakpoints: INT3 exits instead of reaching the guest, with RIP on the INT3.
 - Hardware execution breakpoints are native stop hooks: they cost nothing until they are hit. RFLAGS.RF lets the guest
   past one.
+- The guest's own breakpoints in DR0-DR3 work the same way and end in its #DB, while user space uses none.
 - Data breakpoints are found by stepping and watching accesses, which is slow and exact.
 
 Source: struct kvm_guest_debug and kvm_debug_exit_arch; kvm_arch_vcpu_ioctl_set_guest_debug in arch/x86/kvm/x86.c.
@@ -12,6 +13,7 @@ Source: struct kvm_guest_debug and kvm_debug_exit_arch; kvm_arch_vcpu_ioctl_set_
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, NamedTuple
 
 from unicorn import unicorn_const as uc
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
     from kvmapi.model.cpu.cpu import Cpu
 
 DB_VECTOR, BP_VECTOR = 1, 3
-_DR6_ACTIVE_LOW, _DR6_BS = 0xFFFF0FF0, 1 << 14
+_DR6_ACTIVE_LOW, _DR6_BS, _DR6_RESERVED = 0xFFFF0FF0, 1 << 14, 1 << 12
+_DR7_ALWAYS, _DR7_RESERVED = 1 << 10, 0xD800  # of its lower half
 _RF, _TF = 1 << 16, 1 << 8
 _REPEAT = (b"\xf2", b"\xf3")
 _THROUGH_KVM = frozenset((1, 6, 17))  # exceptions that kvm_amd intercepts and delivers again
@@ -59,6 +62,8 @@ class GuestDebug:
     def __init__(self, cpu: Cpu) -> None:
         self._cpu = cpu
         self._control = 0
+        self._asked_for: tuple[int, ...] = (0,) * 8
+        self._guest_owns = True
         self._breakpoints: list[Breakpoint] = []
         self._data: list[Breakpoint] = []
         self._completing = False
@@ -89,19 +94,46 @@ class GuestDebug:
     def set(self, control: int, registers: tuple[int, ...]) -> None:
         """A new request; without KVM_GUESTDBG_ENABLE everything is off."""
         self._control = control if control & kvm.KVM_GUESTDBG_ENABLE else 0
-        hardware = breakpoints(registers) if self._control & kvm.KVM_GUESTDBG_USE_HW_BP else []
-        self._dr7 = registers[7] if hardware else 0x400
-        self._breakpoints = [point for point in hardware if point.kind == _EXECUTE]
-        self._data = [point for point in hardware if point.kind in (_STORE, _ACCESS)]
+        self._asked_for = registers
         self._completing = False
         self._trap = bool(self._control & kvm.KVM_GUESTDBG_SINGLESTEP)
         self._began = self._cpu.registers.linear_rip
+        self._arm()
+
+    def _arm(self) -> None:
+        """Which breakpoints count now: user space's while it uses the hardware's, the guest's own otherwise."""
+        self._guest_owns = not self._control & kvm.KVM_GUESTDBG_USE_HW_BP
+        hardware = breakpoints(self._registers() if self._guest_owns else self._asked_for)
+        self._dr7 = self._asked_for[7] if hardware and not self._guest_owns else 0x400
+        self._breakpoints = [point for point in hardware if point.kind == _EXECUTE]
+        self._data = [point for point in hardware if point.kind in (_STORE, _ACCESS)]
         self._cpu.attention = True
         code = self._cpu.code
         addresses = frozenset(point.address for point in self._breakpoints)
         if code.breakpoints != addresses:
             code.breakpoints = addresses
             code.flush()
+
+    # ---- the guest's own debug registers
+    def _registers(self) -> tuple[int, ...]:
+        return struct.unpack_from("<8Q", self._cpu.native.state, self._cpu.where.debug)
+
+    def write_register(self, number: int, value: int) -> None:
+        """The guest's DR0-DR3, DR6 or DR7; reserved bits keep what they always are. The engine never hears of it: its
+        own breakpoints are not used.
+        """
+        if number == 6:
+            value = value & ~_DR6_RESERVED | _DR6_ACTIVE_LOW
+        elif number == 7:
+            value = value & ~_DR7_RESERVED | _DR7_ALWAYS
+        struct.pack_into("<Q", self._cpu.native.state, self._cpu.where.debug + 8 * number, value)
+        if number != 6:
+            self.guest_changed()
+
+    def guest_changed(self) -> None:
+        """The guest's debug registers were written."""
+        if self._guest_owns and (self._breakpoints or self._data or self._registers()[7] & 0xFF):
+            self._arm()
 
     def registers_set(self) -> None:
         """User space wrote RFLAGS and RIP: steps go on only from where they began."""
@@ -127,12 +159,18 @@ class GuestDebug:
         registers.rip = registers.rip - length & 0xFFFFFFFFFFFFFFFF
         return self._exit(BP_VECTOR, _DR6_ACTIVE_LOW)
 
-    def at_breakpoint(self, rip: int) -> int | None:
-        """The exit of an execution breakpoint at `rip`, or None."""
-        if self._cpu.registers.u64[layout.EFLAGS >> 3] & _RF:
-            return None
-        numbers = [point.number for point in self._breakpoints if point.address == rip]
-        return self._exit(DB_VECTOR, _DR6_ACTIVE_LOW | sum(1 << number for number in numbers)) if numbers else None
+    def hits(self, rip: int) -> int:
+        """The execution breakpoints at `rip`, as bits of DR6."""
+        if not self._breakpoints or self._cpu.registers.u64[layout.EFLAGS >> 3] & _RF:
+            return 0
+        return sum(1 << point.number for point in self._breakpoints if point.address == rip)
+
+    def strike(self, bits: int) -> int | None:
+        """Breakpoints were hit: an exit, or, when they are the guest's own, its #DB (None)."""
+        if not self._guest_owns:
+            return self._exit(DB_VECTOR, _DR6_ACTIVE_LOW | bits)
+        self.write_register(6, self._registers()[6] | bits)
+        return self._cpu.raise_in_guest(DB_VECTOR, None)
 
     def trapped(self) -> int:
         """The engine's own #DB, by a TF that the guest has loaded: user space's, if it asked for steps."""
@@ -154,9 +192,9 @@ class GuestDebug:
         """Execute one instruction; KVM_RUN's result, or None when only data breakpoints are watched and none was hit."""
         cpu = self._cpu
         if not self._trap:
-            found = self.at_breakpoint(cpu.registers.linear_rip)
-            if found is not None:
-                return found
+            found = self.hits(cpu.registers.linear_rip)
+            if found:
+                return self.strike(found)
         site = self.sensitive()
         if site is not None:
             result = cpu.privileged.execute(site)
@@ -184,7 +222,7 @@ class GuestDebug:
 
     def _after(self, hit: int) -> int | None:
         if hit:
-            return self._exit(DB_VECTOR, _DR6_ACTIVE_LOW | hit)
+            return self.strike(hit)
         return self._exit(DB_VECTOR, _DR6_ACTIVE_LOW | _DR6_BS) if self._trap else None
 
     def sensitive(self) -> scan.Site | None:

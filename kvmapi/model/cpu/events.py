@@ -1,13 +1,14 @@
 """What waits to be delivered to a vCPU: exceptions, interrupts and NMIs from user space, and the interrupt window.
 
-There is no interrupt controller in the model, so an interrupt comes from KVM_INTERRUPT or KVM_SET_VCPU_EVENTS and is
-delivered at the next entry, whatever IF says: the VMM injects only when KVM told it that the guest takes interrupts
-(`ready_for_interrupt_injection`, or KVM_EXIT_IRQ_WINDOW_OPEN after `request_interrupt_window`).
+Without an in-kernel APIC an interrupt comes from KVM_INTERRUPT or KVM_SET_VCPU_EVENTS and is delivered at the next
+entry, whatever IF says: the VMM injects only when KVM told it that the guest takes interrupts
+(`ready_for_interrupt_injection`, or KVM_EXIT_IRQ_WINDOW_OPEN after `request_interrupt_window`). With one
+(KVM_CREATE_IRQCHIP), what the local APIC has pending is delivered when the guest takes interrupts.
 
-Two things must be noticed while the guest runs: IF becoming 1 when a window was asked for, and IRET ending an NMI
-handler. Then the instructions that can do that (STI, POPF, IRET, SYSRET) are scanned for as well
-(`CodeCache.watch_flags`); each is executed alone and looked at afterwards. Without such a wish nothing is scanned and
-nothing is slower. Source: struct kvm_vcpu_events; kvm_vcpu_ioctl_x86_set_vcpu_events in arch/x86/kvm/x86.c for the
+Two things must be noticed while the guest runs: IF becoming 1 when an interrupt or a window waits for it, and IRET
+ending an NMI handler. From the first such wish on, the instructions that can do that (STI, POPF, IRET) are scanned for
+as well (`CodeCache.watch_flags`). They stop the engine only while a wish stands (native.WATCHING); each is then executed
+alone and looked at afterwards. Source: struct kvm_vcpu_events; kvm_vcpu_ioctl_x86_set_vcpu_events in arch/x86/kvm/x86.c for the
 checks.
 """
 
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from kvmapi.abi import kvm
 from kvmapi.model.cpu import layout
+from kvmapi.model.cpu.native import WATCHING
 from kvmapi.model.cpu.scan import Site
 
 if TYPE_CHECKING:
@@ -123,6 +125,21 @@ class Events:
         open_ = self._cpu.registers.u64[layout.EFLAGS >> 3] & _IF and not self._shadow()
         return bool(open_) and self.interrupt is None and self.exception is None and not self.nmi_injected
 
+    def flag_allows_interrupts(self) -> bool:
+        """Is RFLAGS.IF set?"""
+        return bool(self._cpu.registers.u64[layout.EFLAGS >> 3] & _IF)
+
+    def has_something_to_deliver(self) -> bool:
+        """Does an exception, an NMI or an injected interrupt wait that the guest would take now?"""
+        begun = self.exception is not None or self.interrupt is not None or self.nmi_injected
+        return begun or bool(self.nmi_pending and not self.nmi_masked)
+
+    def reset(self) -> None:
+        """INIT: nothing waits any more."""
+        self.exception, self.interrupt, self._queued, self._soft = None, None, False, False
+        self.nmi_pending, self.nmi_masked, self.nmi_injected = 0, False, False
+        self._set_shadow(False)
+
     # ---- before the guest is entered
     def before_entry(self) -> int | None:
         """Deliver what is due; KVM_RUN's result if that, or an open window, ends the run."""
@@ -131,7 +148,8 @@ class Events:
         if result is not None:
             return result
         nmi = self.nmi_pending and not self.nmi_masked and not cpu.debug.blocks_events
-        if ((self.window_wanted and self._in_shadow()) or (nmi and self._shadow())) and cpu.debug.sensitive() is None:
+        wants_flag = self.window_wanted or self._apic_waits()
+        if ((wants_flag and self._in_shadow()) or (nmi and self._shadow())) and cpu.debug.sensitive() is None:
             result = cpu.after_step(cpu.step(flush=False))  # the instruction after STI runs before the window opens
             self.leave_shadow()
             if result is not None:
@@ -142,11 +160,22 @@ class Events:
             result = cpu.raise_in_guest(_NMI, None, external=True)
             if result is not None:
                 return result
+        if self._apic_waits() and self.takes_interrupts():
+            vector = cpu.lapic.acknowledge() if cpu.lapic is not None else None
+            result = cpu.raise_in_guest(vector, None, external=True) if vector is not None else None
+            if result is not None:
+                return result
         if self.window_wanted and self.takes_interrupts():
             return cpu.page.head(kvm.KVM_EXIT_IRQ_WINDOW_OPEN)
-        self._watch(self.window_wanted or self.nmi_masked)
-        cpu.attention = self.window_wanted or self.nmi_masked
+        waits = self.window_wanted or self.nmi_masked or self._apic_waits()
+        self._watch(waits)
+        cpu.attention = waits
         return None
+
+    def _apic_waits(self) -> bool:
+        """Has the local APIC an interrupt for this vCPU?"""
+        lapic = self._cpu.lapic
+        return lapic is not None and lapic.pending() is not None and not self._cpu.debug.blocks_events
 
     def _deliver_begun(self) -> int | None:
         """Deliver the one event whose delivery has begun: what user space injects counts as that. There is room for one
@@ -173,12 +202,13 @@ class Events:
 
     def _watch(self, on: bool) -> None:
         code = self._cpu.code
-        if code.watch_flags != on:
-            code.watch_flags = on
+        if on and not code.watch_flags:
+            code.watch_flags = True
             code.flush()
+        self._cpu.kick[WATCHING] = on
 
     def flags_instruction(self, site: Site) -> int | None:
-        """STI, POPF, IRET or SYSRET is next, and someone waits for what it may do: execute it alone."""
+        """STI, POPF or IRET is next, and someone waits for what it may do: execute it alone."""
         cpu = self._cpu
         was_iret = site.kind == "iret"
         before = cpu.registers.rip

@@ -129,6 +129,12 @@ class MmioUnit:
         cpu.catch_up()  # memory may have changed since the exit that asked for the answer
         try:
             missing = mmio.attempt()
+            while missing is not None:
+                data = cpu.device_read(mmio.gpa + missing[0], missing[1])
+                if data is None:
+                    break
+                mmio.answer(missing[0], data)
+                missing = mmio.attempt()
         except Refused as why:
             self._current = None
             if why.kind == "mmio":
@@ -155,11 +161,12 @@ class MmioUnit:
         return self._go_on()
 
     def _next_store(self) -> int | None:
-        if not self._stores:
-            return None
-        gpa, data = self._stores.pop(0)
-        self._cpu.privileged.pending = self._next_store
-        return self._cpu.page.mmio(gpa, data, is_write=True)
+        while self._stores:
+            gpa, data = self._stores.pop(0)
+            if not self._cpu.device_write(gpa, data):
+                self._cpu.privileged.pending = self._next_store
+                return self._cpu.page.mmio(gpa, data, is_write=True)
+        return None
 
 
 def scratch_page() -> tuple[mmap.mmap, int]:

@@ -8,15 +8,20 @@ raise #GP otherwise.
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from kvmapi.model.cpu.cpuid import EFER_SUPPORTED, Table
 from kvmapi.model.cpu.state import FS, GS, MAX_PHYS_BITS, Registers
+
+if TYPE_CHECKING:
+    from kvmapi.model.irq.lapic import Lapic
 
 TSC, APIC_BASE, MISC_ENABLE, PAT, MTRR_CAP, MTRR_DEF = 0x10, 0x1B, 0x1A0, 0x277, 0xFE, 0x2FF
 SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP = 0x174, 0x175, 0x176
 EFER, STAR, LSTAR, CSTAR, SFMASK = 0xC0000080, 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084
 FS_BASE, GS_BASE, KERNEL_GS_BASE, TSC_AUX = 0xC0000100, 0xC0000101, 0xC0000102, 0xC0000103
 SEV_STATUS = 0xC0010131
+TSC_DEADLINE, _X2APIC = 0x6E0, range(0x800, 0x900)
 _EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
 _CANONICAL = frozenset((LSTAR, CSTAR, FS_BASE, GS_BASE, KERNEL_GS_BASE))
 _ONLY_32_BITS = frozenset((SYSENTER_ESP, SYSENTER_EIP, TSC_AUX))  # AMD processors drop the others
@@ -70,8 +75,9 @@ class Msrs:
         self.sev_status = 0
         self.offered = Table([])  # the guest's CPUID
         self._tsc_offset = -_now()
+        self.lapic: Lapic | None = None
+        self.apic_base = 0xFEE00800 | (0x100 if bootstrap else 0)
         self._values = {
-            APIC_BASE: 0xFEE00800 | (0x100 if bootstrap else 0),
             PAT: 0x0007040600070406,
             MISC_ENABLE: 1 << 11 | 1 << 12,  # no BTS, no PEBS
             MTRR_CAP: 0x508,
@@ -88,9 +94,13 @@ class Msrs:
         if number == KERNEL_GS_BASE:
             return self._registers.native.read_msr(number)  # SWAPGS moves it inside the engine
         if number == TSC:
-            return (_now() + self._tsc_offset) & 0xFFFFFFFFFFFFFFFF
+            return self.tsc()
         if number == SEV_STATUS and self.sev_status:
             return self.sev_status
+        if number == APIC_BASE:
+            return self.apic_base
+        if self.lapic is not None and (number in _X2APIC or number == TSC_DEADLINE):
+            return self.lapic.read_msr(number)
         value = self._values.get(number)
         if value is None:
             raise NoSuchMsr(number)
@@ -112,8 +122,12 @@ class Msrs:
             return
         if number in _ONLY_32_BITS:
             value &= 0xFFFFFFFF
-        if number == APIC_BASE and not valid_apic_base(value, self.offered):
-            raise NoSuchMsr(number, known=True)
+        if number == APIC_BASE:
+            self._write_apic_base(value, host)
+            return
+        if self.lapic is not None and (number in _X2APIC or number == TSC_DEADLINE):
+            self.lapic.write_msr(number, value)
+            return
         if number == MTRR_DEF and (value & ~0xCFF or value & 0xFF not in _MTRR_TYPES):
             raise NoSuchMsr(number, known=True)
         if number == PAT and any(value >> shift & 0xFF not in _PAT_TYPES for shift in range(0, 64, 8)):
@@ -123,6 +137,15 @@ class Msrs:
         self._values[number] = value
         if number in IN_ENGINE:
             self._registers.native.write_msr(number, value)
+
+    def _write_apic_base(self, value: int, host: bool) -> None:
+        if not valid_apic_base(value, self.offered) or (self.lapic is not None and not self.lapic.set_base(value, host)):
+            raise NoSuchMsr(APIC_BASE, known=True)
+        self.apic_base = value
+
+    def tsc(self) -> int:
+        """The guest's time-stamp counter."""
+        return (_now() + self._tsc_offset) & 0xFFFFFFFFFFFFFFFF
 
     def _write_efer(self, value: int, host: bool) -> None:
         old = self._registers.efer

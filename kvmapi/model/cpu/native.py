@@ -7,12 +7,13 @@ So the few functions it needs are prototyped once here. Everything is a thin cal
 what is written there is what the guest goes on with. Inside a callback it is as current as the engine can make it
 (RIP is not).
 
-Two callbacks are machine code rather than Python, because a Python call per block or per stop would dominate:
+Three callbacks are machine code rather than Python, because a Python call per block or per stop would dominate:
 - a *stop hook* on one address is `uc_emu_stop` itself: its first argument is the engine, which is what a hook gets
   first;
 - the *kick stub* runs at the start of every block, looks at two flags and calls `uc_emu_stop` when either is set.
   That stops the guest exactly at a block boundary, which an asynchronous uc_emu_stop does not (it rewinds half-done
-  instructions).
+  instructions);
+- the *watch stub* is a stop hook that counts only while somebody waits for what the instruction may do (events.py).
 """
 
 from __future__ import annotations
@@ -66,6 +67,10 @@ _WRITE = uc.UC_CTL_IO_WRITE << 30
 
 # cmp dword [rcx], 0; jne stop; mov rax, [rcx+16]; cmp byte [rax], 0; jne stop; ret; stop: jmp [rcx+8]
 _KICK_STUB = bytes.fromhex("833900 750a 488b4110 803800 7501 c3 ff6108".replace(" ", ""))
+# cmp dword [rcx+24], 0; jne stop; ret; stop: jmp [rcx+8]
+_WATCH_STUB = bytes.fromhex("83791800 7501 c3 ff6108".replace(" ", ""))
+_WATCH_STUB_AT = 32
+WATCHING = 3  # the element of the kick array that turns conditional stop hooks on
 _CONTEXT_HEADER = 40  # of a saved context, before the copy of the CPU structure
 _ENGINE_BYTES, _OBJECT_BYTES = 4096, 1 << 17  # of the engine's structure and of its CPU object: where to search
 _MARK = 0x53_65_76_4D_4D_4D_4D_01
@@ -73,7 +78,8 @@ _REG_EFLAGS, _REG_RAX, _REG_MSR = 25, 35, 248  # UC_X86_REG_EFLAGS, _RAX, _MSR (
 
 
 def _executable(code: bytes) -> tuple[mmap.mmap, int]:
-    area = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    protection = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
+    area = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=protection)
     area[: len(code)] = code
     return area, ctypes.addressof(ctypes.c_char.from_buffer(area))
 
@@ -84,7 +90,7 @@ _stub: tuple[mmap.mmap, int] | None = None
 def _kick_stub() -> int:
     global _stub
     if _stub is None:
-        _stub = _executable(_KICK_STUB)
+        _stub = _executable(_KICK_STUB.ljust(_WATCH_STUB_AT, b"\xcc") + _WATCH_STUB)
     return _stub[1]
 
 
@@ -268,11 +274,15 @@ class Native:
         """Stop before the instruction at virtual `address`, with no Python in the way."""
         return self._hook(uc.UC_HOOK_CODE, _STOP_ADDRESS, 0, address, address)
 
+    def hook_watch_at(self, address: int, kick: ctypes.Array[ctypes.c_uint64]) -> int:
+        """The same, but only while element WATCHING of `kick` is not zero."""
+        return self._hook(uc.UC_HOOK_CODE, _ptr(_kick_stub() + _WATCH_STUB_AT), ctypes.addressof(kick), address, address)
+
     def hook_kick(self, byte_address: int) -> ctypes.Array[ctypes.c_uint64]:
         """Stop at the next block whenever element 0 of the returned array, or the byte at `byte_address`, is not
         zero.
         """
-        data = (ctypes.c_uint64 * 3)(0, _STOP_ADDRESS.value or 0, byte_address)
+        data = (ctypes.c_uint64 * 4)(0, _STOP_ADDRESS.value or 0, byte_address, 0)
         self._callbacks.append(data)
         self._hook(uc.UC_HOOK_BLOCK, _ptr(_kick_stub()), ctypes.addressof(data), 1, 0)
         return data

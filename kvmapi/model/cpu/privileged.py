@@ -8,16 +8,18 @@ it emulates; an OUT is skipped only if user space left RIP alone.
 from __future__ import annotations
 
 import errno
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE
-from kvmapi.model.cpu import control, layout
+from kvmapi.model.cpu import control, ports, syscalls
 from kvmapi.model.cpu.cpuid import OSXSAVE
 from kvmapi.model.cpu.mmu import Fault, UnsupportedMode
 from kvmapi.model.cpu.msrs import NoSuchMsr
+from kvmapi.model.cpu.native import WATCHING
 from kvmapi.model.cpu.scan import Site
 from kvmapi.model.cpu.state import ES
 from kvmapi.model.mem.physical import Refused
@@ -26,14 +28,16 @@ from kvmapi.model.runpage import PIO_OFFSET
 
 if TYPE_CHECKING:
     from kvmapi.model.cpu.cpu import Cpu
+    from kvmapi.model.irq.kernel_bus import KernelBus
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 _GP = 13
+HALTED = 1 << 21  # no result of KVM_RUN: the vCPU sleeps in it
 _U64 = 0xFFFFFFFFFFFFFFFF
 _PIO_BUFFER = 1024  # bytes of string input KVM asks for at once
 _ENOSYS = 1000  # KVM_ENOSYS
 _CR4_OSXSAVE = 1 << 18
-_IOPL_SHIFT, _DF, _IF = 12, 1 << 10, 1 << 9
+_DF = 1 << 10
 
 
 @dataclass(slots=True)
@@ -45,6 +49,7 @@ class ExitPolicy:
     hypercalls: int = 0
     msr_reasons: int = 0
     msr_filter: MsrFilter | None = None
+    bus: KernelBus | None = None  # I/O that the VM answers itself
 
 
 def _reason(why: NoSuchMsr) -> int:
@@ -73,14 +78,17 @@ class Privileged:
             "rdmsr": self._rdmsr,
             "wrmsr": self._wrmsr,
             "cpuid": self._cpuid,
-            "mov_to_cr": self._mov_to_cr,
-            "mov_from_cr": self._mov_from_cr8,
-            **dict.fromkeys(("sti", "popf", "iret", "sysret"), self._flags_instruction),
+            **{kind: functools.partial(execute, cpu) for kind, execute in control.INSTRUCTIONS.items()},
+            **dict.fromkeys(("syscall", "sysret", "sysenter", "sysexit"), self._system_call),
+            **dict.fromkeys(("sti", "popf", "iret"), self._flags_instruction),
         }
 
     def execute(self, site: Site) -> int | None:
         """One instruction found by the scan."""
-        return self._kinds[site.kind](site)
+        try:
+            return self._kinds[site.kind](site)
+        except (Fault, Refused, UnsupportedMode) as why:
+            return self._operand_refused(why)
 
     def complete(self) -> int | None:
         """KVM_RUN is entered again: finish what the last exit left. None: go on; else another exit was written."""
@@ -93,7 +101,8 @@ class Privileged:
         pending, self.pending = self.pending, None
         return pending() if pending is not None else None
 
-    def _advance(self, length: int) -> None:
+    def advance(self, length: int) -> None:
+        """An instruction of so many bytes was executed."""
         registers = self._registers
         mask = _U64 if registers.long_mode else 0xFFFFFFFF
         registers.rip = registers.rip + length & mask
@@ -102,24 +111,26 @@ class Privileged:
     def _no_privilege(self) -> int | None:
         return self._cpu.raise_in_guest(_GP, 0)
 
-    def _may_do_io(self) -> bool:
-        # The TSS permission bitmap is not consulted: code above IOPL gets #GP, which is what a TSS without bitmap
-        # gives.
-        registers = self._registers
-        return registers.cpl <= registers.u64[layout.EFLAGS >> 3] >> _IOPL_SHIFT & 3
+    def _may_do_io(self, site: Site) -> bool:
+        port = self._registers.gpr(RDX) & 0xFFFF if site.port is None else site.port
+        return ports.allowed(self._registers, self._cpu.mmu, port, site.size)
 
     # ---- port I/O
     def _out(self, site: Site) -> int | None:
-        if self._registers.cpl and not self._may_do_io():
+        if self._registers.cpl and not self._may_do_io(site):
             return self._no_privilege()
         registers, page = self._registers, self._page
-        value = registers.gpr(RAX) & (1 << 8 * site.size) - 1
-        page.memory[PIO_OFFSET : PIO_OFFSET + site.size] = value.to_bytes(site.size, "little")
+        data = (registers.gpr(RAX) & (1 << 8 * site.size) - 1).to_bytes(site.size, "little")
+        port = registers.gpr(RDX) & 0xFFFF if site.port is None else site.port
+        if self._policy.bus is not None and self._policy.bus.write("pio", port, data):
+            self.advance(site.length)
+            return None
+        page.memory[PIO_OFFSET : PIO_OFFSET + site.size] = data
         self._skip = (registers.rip, site.length)
-        return page.io(kvm.KVM_EXIT_IO_OUT, site.size, registers.gpr(RDX) & 0xFFFF if site.port is None else site.port, 1)
+        return page.io(kvm.KVM_EXIT_IO_OUT, site.size, port, 1)
 
     def _in(self, site: Site) -> int | None:
-        if self._registers.cpl and not self._may_do_io():
+        if self._registers.cpl and not self._may_do_io(site):
             return self._no_privilege()
         self._site = site
         self.pending = self._in_done
@@ -131,16 +142,21 @@ class Privileged:
         value = int.from_bytes(self._page.memory[PIO_OFFSET : PIO_OFFSET + size], "little")
         old = self._registers.gpr(RAX)
         self._set_gpr(RAX, value if size == 4 else old & ~((1 << 8 * size) - 1) | value)
-        self._advance(self._site.length)
+        self.advance(self._site.length)
 
     def _string(self, site: Site, index: int) -> tuple[int, int, bool]:
-        """(linear address of the element, repetitions left, backwards)."""
+        """(linear address of the element, repetitions left and possible without a fault, backwards). Raises Fault when
+        the element lies outside its segment.
+        """
         registers = self._registers
         mask = (1 << 8 * site.address_size) - 1
-        count = registers.gpr(RCX) & mask if site.repeat else 1
-        segment = ES if index == RDI else site.segment
-        base = registers.segment(segment).base if not registers.long_mode or segment >= 4 else 0
-        return base + (registers.gpr(index) & mask) & _U64, count, bool(self._cpu.native.flags() & _DF)
+        count, backwards = registers.gpr(RCX) & mask if site.repeat else 1, bool(self._cpu.native.flags() & _DF)
+        segment, offset = ES if index == RDI else site.segment, registers.gpr(index) & mask
+        if registers.long_mode:
+            return (registers.segment(segment).base if segment >= 4 else 0) + offset & _U64, count, backwards
+        if count:
+            count = min(count, ports.room(registers, segment, offset, site.size, mask, store=index == RDI, backwards=backwards))
+        return registers.segment(segment).base + offset & 0xFFFFFFFF, count, backwards
 
     def _move(self, site: Site, index: int, elements: int, backwards: bool) -> None:
         """Advance the index register and the count by so many elements; leave the instruction when the count is used
@@ -155,22 +171,22 @@ class Privileged:
             left = (registers.gpr(RCX) & mask) - elements
             self._set_index(RCX, left, mask)
         if not left:
-            self._advance(site.length)
+            self.advance(site.length)
 
     def _outs(self, site: Site) -> int | None:
-        if self._registers.cpl and not self._may_do_io():
+        if self._registers.cpl and not self._may_do_io(site):
             return self._no_privilege()
         address, count, backwards = self._string(site, RSI)
         if not count:
-            self._advance(site.length)
+            self.advance(site.length)
             return None
-        try:
-            data = self._cpu.mmu.read(address, site.size, user=self._registers.cpl == 3)
-        except (Fault, Refused, UnsupportedMode) as why:
-            return self._operand_refused(why)
-        self._page.memory[PIO_OFFSET : PIO_OFFSET + site.size] = data
+        data = self._cpu.mmu.read(address, site.size, user=self._registers.cpl == 3)
         self._site = site
         self._backwards = backwards
+        if self._policy.bus is not None and self._policy.bus.write("pio", self._registers.gpr(RDX) & 0xFFFF, data):
+            self._outs_done()
+            return None
+        self._page.memory[PIO_OFFSET : PIO_OFFSET + site.size] = data
         self.pending = self._outs_done
         return self._page.io(kvm.KVM_EXIT_IO_OUT, site.size, self._registers.gpr(RDX) & 0xFFFF, 1)
 
@@ -178,11 +194,11 @@ class Privileged:
         self._move(self._site, RSI, 1, self._backwards)
 
     def _ins(self, site: Site) -> int | None:
-        if self._registers.cpl and not self._may_do_io():
+        if self._registers.cpl and not self._may_do_io(site):
             return self._no_privilege()
         address, count, backwards = self._string(site, RDI)
         if not count:
-            self._advance(site.length)
+            self.advance(site.length)
             return None
         room = (address & (PAGE - 1)) + site.size if backwards else PAGE - (address & (PAGE - 1))
         count = max(1, min(count, room // site.size, _PIO_BUFFER // site.size))
@@ -219,28 +235,14 @@ class Privileged:
     def _hlt(self, site: Site) -> int | None:
         if self._registers.cpl:
             return self._no_privilege()
-        self._advance(site.length)
-        return self._page.head(kvm.KVM_EXIT_HLT)
+        self.advance(site.length)
+        return self._page.head(kvm.KVM_EXIT_HLT) if self._cpu.lapic is None else HALTED
 
-    # ---- control registers
-    def _mov_to_cr(self, site: Site) -> int | None:
-        registers, before = self._registers, self._cpu.cr8
-        value = registers.gpr(site.register)
-        if not registers.long_mode:
-            value &= 0xFFFFFFFF
-        if registers.cpl or not control.write(self._cpu, site.control, value, self._cpu.cpuid.cr4_valid):
-            return self._no_privilege()
-        self._advance(site.length)
-        if site.control == 8 and value < before:  # user space's APIC may have an interrupt that is let through now
-            return self._page.head(kvm.KVM_EXIT_SET_TPR)
-        return None
-
-    def _mov_from_cr8(self, site: Site) -> int | None:
-        if self._registers.cpl:
-            return self._no_privilege()
-        self._set_gpr(site.register, self._cpu.cr8)
-        self._advance(site.length)
-        return None
+    # ---- system calls
+    def _system_call(self, site: Site) -> None:
+        syscalls.execute(self._cpu, site.kind, site.length, site.size == 8)
+        self._cpu.events.leave_shadow()
+        self._cpu.attention |= bool(self._cpu.kick[WATCHING])  # SYSRET may set IF
 
     # ---- CPUID and MSRs
     def _set_gpr(self, number: int, value: int) -> None:
@@ -259,7 +261,7 @@ class Privileged:
             ecx = ecx & ~OSXSAVE | (OSXSAVE if registers.cr(4) & _CR4_OSXSAVE else 0)
         for number, value in ((RAX, eax), (RBX, ebx), (RCX, ecx), (RDX, edx)):
             self._set_gpr(number, value)
-        self._advance(site.length)
+        self.advance(site.length)
 
     def _rdmsr(self, site: Site) -> int | None:
         if self._registers.cpl:
@@ -277,7 +279,7 @@ class Privileged:
     def _rdmsr_result(self, value: int, length: int) -> None:
         self._set_gpr(RAX, value & 0xFFFFFFFF)
         self._set_gpr(RDX, value >> 32 & 0xFFFFFFFF)
-        self._advance(length)
+        self.advance(length)
 
     def _wrmsr(self, site: Site) -> int | None:
         if self._registers.cpl:
@@ -291,7 +293,7 @@ class Privileged:
             self._cpu.msrs.write(number, value)
         except NoSuchMsr as why:
             return self._msr_to_user(site, kvm.KVM_EXIT_X86_WRMSR, number, value, _reason(why))
-        self._advance(site.length)
+        self.advance(site.length)
         return None
 
     def _msr_to_user(self, site: Site, exit_reason: int, number: int, value: int, reason: int) -> int | None:
@@ -310,7 +312,7 @@ class Privileged:
         if self._msr_read:
             self._rdmsr_result(self._page.read("<Q", 48), self._site.length)
         else:
-            self._advance(self._site.length)
+            self.advance(self._site.length)
         return None
 
     # ---- hypercalls
@@ -342,4 +344,4 @@ class Privileged:
 
     def _hypercall_result(self, value: int, length: int) -> None:
         self._set_gpr(RAX, value if self._registers.long_mode else value & 0xFFFFFFFF)
-        self._advance(length)
+        self.advance(length)

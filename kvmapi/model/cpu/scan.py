@@ -7,8 +7,12 @@ middle of another instruction is never reached as a start, so its hook never fir
 the instruction that is really executed; every possible start gets an entry of its own, with the prefixes seen from
 there.
 
-Found here: IN OUT INS OUTS HLT RDMSR WRMSR CPUID, MOV to CR0, CR4 and CR8 and from CR8, with any legacy or REX
-prefix. VMCALL, VMMCALL and other invalid opcodes stop the engine by themselves.
+Found here: IN OUT INS OUTS HLT RDMSR WRMSR CPUID XSETBV, MOV to CR0, CR3, CR4 and CR8 and from CR8, MOV to DRn,
+SYSCALL SYSRET SYSENTER SYSEXIT, LTR of a register, with any legacy or REX prefix. VMCALL, VMMCALL and other invalid opcodes stop the engine
+by themselves, and so do the above when they are longer than 15 bytes.
+
+The same bytes may be code of another width the next moment, without being fetched again: `find` decodes for one, and
+code.py asks for all three.
 """
 
 from __future__ import annotations
@@ -17,29 +21,36 @@ import re
 from dataclasses import dataclass
 
 MAX_LENGTH = 15
-_SENSITIVE = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4]|\x0f[\x20\x22\x30\x32\xa2]", re.DOTALL)
-_OR_FLAGS = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xfb\x9d\xcf]|\x0f[\x20\x22\x30\x32\xa2\x07]", re.DOTALL)
+_TWO_BYTE = rb"|\x0f(?:[\x05\x07\x20\x22\x23\x30\x32\x34\x35\xa2]|\x01\xd1|\x00[\xd8-\xdf])"
+_SENSITIVE = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4]" + _TWO_BYTE, re.DOTALL)
+_OR_FLAGS = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xfb\x9d\xcf]" + _TWO_BYTE, re.DOTALL)
 _FLAGS = {0xFB: "sti", 0x9D: "popf", 0xCF: "iret"}
+FLAG_KINDS = frozenset(_FLAGS.values())
+_AFTER_0F = {
+    0x30: "wrmsr", 0x32: "rdmsr", 0xA2: "cpuid", 0x05: "syscall", 0x07: "sysret", 0x34: "sysenter", 0x35: "sysexit",
+}  # fmt: skip
 _LEGACY = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 _REX = frozenset(range(0x40, 0x50))
+_LOCK, _REX_W = 0xF0, frozenset(range(0x48, 0x50))
+_CONTROL_REGISTERS = frozenset((0, 3, 4, 8))
 _SEGMENT_PREFIX = {0x26: 0, 0x2E: 1, 0x36: 2, 0x3E: 3, 0x64: 4, 0x65: 5}
 DS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One sensitive instruction. `size` is the operand's in bytes; `port` None means DX; `segment` is of the string
-    source.
+    """One sensitive instruction. `size` is the operand's in bytes (8: REX.W); `port` None means DX; `segment` is of the
+    string source.
     """
 
-    kind: str  # in out ins outs hlt rdmsr wrmsr cpuid mov_to_cr mov_from_cr; sti popf iret sysret
+    kind: str  # in out ins outs hlt rdmsr wrmsr cpuid xsetbv mov_to_cr mov_from_cr mov_to_dr syscall...; ltr; sti popf iret; undefined
     length: int
     size: int = 4
     port: int | None = None
     repeat: bool = False
     address_size: int = 8
     segment: int = DS
-    control: int = 0  # number of the control register
+    control: int = 0  # number of the control or debug register
     register: int = 0  # and of the general one
 
 
@@ -55,7 +66,7 @@ def find(code: bytes | bytearray, usable: int, bits: int, flags: bool = False) -
         while True:
             if start < usable:
                 site = decode(code, start, opcode_at, bits)
-                if site is not None:
+                if site is not None and site.length <= MAX_LENGTH:
                     sites[start] = site
             if start == 0 or opcode_at - start >= MAX_LENGTH - 1 or code[start - 1] not in prefixes:
                 break
@@ -64,9 +75,11 @@ def find(code: bytes | bytearray, usable: int, bits: int, flags: bool = False) -
 
 
 def decode(code: bytes | bytearray, start: int, opcode_at: int, bits: int) -> Site | None:
-    """The instruction whose prefixes begin at `start` and whose opcode stands at `opcode_at`."""
+    """The instruction whose prefixes begin at `start` and whose opcode stands at `opcode_at`; None if it is none of
+    ours.
+    """
     wide = narrow = False
-    repeat = False
+    repeat = locked = False
     segment = DS
     for byte in code[start:opcode_at]:
         if byte == 0x66:
@@ -75,19 +88,24 @@ def decode(code: bytes | bytearray, start: int, opcode_at: int, bits: int) -> Si
             narrow = True
         elif byte in (0xF2, 0xF3):
             repeat = True
-        elif byte in _SEGMENT_PREFIX:
+        elif byte == _LOCK:
+            locked = True
+        elif byte in _SEGMENT_PREFIX and (bits != 64 or byte >= 0x64):
             segment = _SEGMENT_PREFIX[byte]
+    # A REX prefix counts only right before the opcode; REX.W overrules an operand size prefix.
+    rex = code[opcode_at - 1] if bits == 64 and opcode_at > start and code[opcode_at - 1] in _REX else 0
+    wide = wide and rex not in _REX_W
     opcode = code[opcode_at]
     length = opcode_at - start + 1
+    if locked:
+        return Site("undefined", length)  # none of them takes LOCK; the engine would not mind
+    if opcode == 0x0F:
+        return _two_bytes(code, opcode_at, length, rex)
     small = 4 if (bits == 16) == wide else 2
     wide_address, narrow_address = {64: (8, 4), 32: (4, 2), 16: (2, 4)}[bits]
     address_size = narrow_address if narrow else wide_address
     if opcode == 0xF4:
         return Site("hlt", length)
-    if opcode == 0x0F and code[opcode_at + 1] in (0x20, 0x22):
-        return _control_register(code, start, opcode_at, length, bits)
-    if opcode == 0x0F:
-        return Site({0x30: "wrmsr", 0x32: "rdmsr", 0xA2: "cpuid", 0x07: "sysret"}[code[opcode_at + 1]], length + 1)
     if opcode in _FLAGS:
         return Site(_FLAGS[opcode], length)
     size = small if opcode & 1 else 1
@@ -101,16 +119,48 @@ def decode(code: bytes | bytearray, start: int, opcode_at: int, bits: int) -> Si
     return Site(kind, length + 1, size, code[opcode_at + 1])
 
 
-def _control_register(code: bytes | bytearray, start: int, opcode_at: int, length: int, bits: int) -> Site | None:
-    """MOV to CR0, CR4 or CR8, or from CR8. The others are the engine's."""
+def _two_bytes(code: bytes | bytearray, opcode_at: int, length: int, rex: int) -> Site | None:
+    """What begins with 0F."""
+    second = code[opcode_at + 1]
+    if second in (0x20, 0x22, 0x23):
+        return _control_register(code, opcode_at, length, rex)
+    if second == 0x00:
+        return Site("ltr", length + 2, register=code[opcode_at + 2] & 7 | (rex & 1) << 3)
+    if second == 0x01:
+        return Site("xsetbv", length + 2)
+    return Site(_AFTER_0F[second], length + 1, 8 if rex in _REX_W else 4)
+
+
+def _control_register(code: bytes | bytearray, opcode_at: int, length: int, rex: int) -> Site | None:
+    """MOV to CR0, CR3, CR4, CR8 and the debug registers, or from CR8. The others are the engine's."""
     if opcode_at + 2 >= len(code):
         return None
     modrm = code[opcode_at + 2]
-    rex = code[opcode_at - 1] if bits == 64 and opcode_at > start and code[opcode_at - 1] in _REX else 0
     control = modrm >> 3 & 7 | (rex & 4) << 1
     register = modrm & 7 | (rex & 1) << 3
-    if code[opcode_at + 1] == 0x22:
-        kind, wanted = "mov_to_cr", control in (0, 4, 8)
+    second = code[opcode_at + 1]
+    if second == 0x23:
+        kind, wanted = "mov_to_dr", control <= 7
+    elif second == 0x22:
+        kind, wanted = "mov_to_cr", control in _CONTROL_REGISTERS
     else:
         kind, wanted = "mov_from_cr", control == 8
     return Site(kind, length + 2, control=control, register=register) if wanted else None
+
+
+_SEGMENT_LOADS = frozenset((0x8E, 0x07, 0x17, 0x1F, 0xC4, 0xC5, 0x9A, 0xEA, 0xCA, 0xCB, 0xCF))
+_SEGMENT_LOADS_0F = frozenset((0x00, 0x02, 0x03, 0xA1, 0xA9, 0xB2, 0xB4, 0xB5))
+_FAR = (0x18, 0x28)  # /3 and /5 of FF: far CALL and JMP
+
+
+def loads_descriptor(code: bytes, bits: int) -> bool:
+    """Does the instruction at the start of `code` read a descriptor: loads of segment registers, far transfers, LAR and
+    its like?
+    """
+    at, prefixes = 0, _LEGACY | _REX if bits == 64 else _LEGACY
+    while at < len(code) and code[at] in prefixes:
+        at += 1
+    opcode, second = (code[at : at + 2] + b"\0\0")[:2]
+    if opcode == 0x0F:
+        return second in _SEGMENT_LOADS_0F
+    return opcode in _SEGMENT_LOADS or (opcode == 0xFF and second & 0x38 in _FAR)

@@ -50,6 +50,22 @@ def reset(cpu: Cpu) -> None:
     registers.settle()
 
 
+def init(cpu: Cpu) -> None:
+    """The state after INIT: as after RESET, but caching, x87, SSE and most MSRs are left alone."""
+    caching = cpu.registers.cr(0) & (_CR0_NW | _CR0_CD)
+    reset(cpu)
+    cpu.registers.set_cr(0, 0x10 | caching)
+    cpu.registers.set_gpr(2, cpu.cpuid.read(1, 0)[0] or 0x600)
+    cpu.native.flush_tlb()
+
+
+def start_at(cpu: Cpu, vector: int) -> None:
+    """A startup IPI: real mode at `vector` << 12."""
+    cpu.registers.set_segment(CS, cpu.registers.segment(CS)._replace(selector=vector << 8, base=vector << 12))
+    cpu.registers.rip = 0
+    cpu.registers.settle()
+
+
 def _pack_segment(number: int, segment: Segment) -> bytes:
     """struct kvm_segment as kvm_amd gives it: G is made from the limit, not present is unusable, a data segment that is
     there has been accessed, and the task register's is busy.

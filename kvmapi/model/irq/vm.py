@@ -1,0 +1,152 @@
+"""The VM side of the interrupt controllers: ioctls on a VM's fd.
+
+There is a local APIC per vCPU and an IOAPIC; the PIC and the PIT are absent. KVM_GET_IRQCHIP of a PIC is EINVAL, as of
+a chip that does not exist, and KVM_CREATE_PIT2 is ENOTTY, as in a kernel built without. Checks stand in the kernel's
+order (kvm_vm_ioctl in virt/kvm/kvm_main.c, kvm_arch_vm_ioctl in arch/x86/kvm/x86.c).
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Callable
+
+from kvmapi.abi import ioctls, kvm
+from kvmapi.model.caller import Caller, Errno
+from kvmapi.model.cpu.privileged import ExitPolicy
+from kvmapi.model.irq import irqfd, kernel_bus, routing
+from kvmapi.model.irq.bus import InterruptBus
+from kvmapi.model.irq.irqfd import Irqfds
+from kvmapi.model.irq.kernel_bus import KernelBus
+
+X2APIC_API = kvm.KVM_X2APIC_API_USE_32BIT_IDS | kvm.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
+_CHIP_AT, _CHIP_SIZE = 8, 512
+_MSI = struct.Struct("<IIII16x")
+
+
+class VmInterrupts:
+    """Interrupt controllers and in-kernel I/O of one VM. `bus` is None until KVM_CREATE_IRQCHIP."""
+
+    def __init__(self, exits: ExitPolicy) -> None:
+        self.bus: InterruptBus | None = None
+        self._exits = exits
+        self._kernel_bus = KernelBus()
+        self._irqfds = Irqfds()
+        self._wide_ids = False
+        self._broadcast_quirk = True
+
+    def handlers(self) -> dict[int, Callable[[int, Caller], int]]:
+        """By request number; KVM_CREATE_IRQCHIP is the VM's, because it must know the vCPUs."""
+        return {
+            ioctls.KVM_GET_IRQCHIP: self._get_irqchip,
+            ioctls.KVM_SET_IRQCHIP: self._set_irqchip,
+            ioctls.KVM_IRQ_LINE: self._irq_line,
+            ioctls.KVM_IRQ_LINE_STATUS: self._irq_line_status,
+            ioctls.KVM_SET_GSI_ROUTING: self._set_gsi_routing,
+            ioctls.KVM_SIGNAL_MSI: self._signal_msi,
+            ioctls.KVM_IRQFD: self._irqfd,
+            ioctls.KVM_IOEVENTFD: self._ioeventfd,
+        }
+
+    def destroy(self) -> None:
+        """The VM goes away."""
+        self._irqfds.destroy()
+        self._exits.bus = None
+        self._kernel_bus.destroy()
+        if self.bus is not None:
+            self.bus.destroy()
+
+    def create(self, has_vcpus: bool) -> None:
+        """KVM_CREATE_IRQCHIP: EEXIST the second time, EINVAL once there are vCPUs."""
+        if self.bus is not None:
+            raise Errno(errno.EEXIST)
+        if has_vcpus:
+            raise Errno(errno.EINVAL)
+        self.bus = InterruptBus()
+        self._apply_x2apic_api()
+        self._kernel_bus.interrupts = self.bus
+        self._exits.bus = self._kernel_bus
+
+    def enable_x2apic_api(self, flags: int) -> None:
+        """KVM_CAP_X2APIC_API. What is on stays on."""
+        if flags & ~X2APIC_API:
+            raise Errno(errno.EINVAL)
+        self._wide_ids |= bool(flags & kvm.KVM_X2APIC_API_USE_32BIT_IDS)
+        self._broadcast_quirk &= not flags & kvm.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
+        self._apply_x2apic_api()
+
+    def _apply_x2apic_api(self) -> None:
+        if self.bus is not None:
+            self.bus.wide_ids, self.bus.broadcast_quirk = self._wide_ids, self._broadcast_quirk
+
+    def _bus_or(self, number: int) -> InterruptBus:
+        if self.bus is None:
+            raise Errno(number)
+        return self.bus
+
+    # ---- the IOAPIC
+    def _get_irqchip(self, arg: int, caller: Caller) -> int:
+        data = bytearray(caller.memory.read(arg, _CHIP_AT + _CHIP_SIZE))
+        bus = self._ioapic_bus(data)
+        with bus:
+            state = bus.ioapic.pack()
+        data[_CHIP_AT : _CHIP_AT + len(state)] = state
+        caller.memory.write(arg, bytes(data))
+        return 0
+
+    def _set_irqchip(self, arg: int, caller: Caller) -> int:
+        data = caller.memory.read(arg, _CHIP_AT + _CHIP_SIZE)
+        bus = self._ioapic_bus(data)
+        with bus:
+            bus.ioapic.unpack(data[_CHIP_AT:])
+        return 0
+
+    def _ioapic_bus(self, data: bytes | bytearray) -> InterruptBus:
+        bus = self._bus_or(errno.ENXIO)
+        if struct.unpack_from("<I", data)[0] != kvm.KVM_IRQCHIP_IOAPIC:
+            raise Errno(errno.EINVAL)
+        return bus
+
+    # ---- lines and messages
+    def _irq_line(self, arg: int, caller: Caller) -> int:
+        self._line(arg, caller)
+        return 0
+
+    def _irq_line_status(self, arg: int, caller: Caller) -> int:
+        status, level = self._line(arg, caller)
+        caller.memory.write(arg, struct.pack("<iI", status, level))
+        return 0
+
+    def _line(self, arg: int, caller: Caller) -> tuple[int, int]:
+        gsi, level = struct.unpack("<II", caller.memory.read(arg, 8))
+        return self._bus_or(errno.ENXIO).line(gsi, bool(level)), level
+
+    def _set_gsi_routing(self, arg: int, caller: Caller) -> int:
+        count, flags = struct.unpack("<II", caller.memory.read(arg, 8))
+        bus = self._bus_or(errno.EINVAL)
+        if count > routing.MAX_ROUTES or flags:
+            raise Errno(errno.EINVAL)
+        data = caller.memory.read(arg + 8, count * routing.ENTRY.size) if count else b""
+        routes = routing.from_entries(data, bus.wide_ids)
+        if routes is None:
+            raise Errno(errno.EINVAL)
+        with bus:
+            bus.routes = routes
+        return 0
+
+    def _signal_msi(self, arg: int, caller: Caller) -> int:
+        low, high, data, flags = _MSI.unpack(caller.memory.read(arg, _MSI.size))
+        bus = self._bus_or(errno.EINVAL)
+        if flags & ~kvm.KVM_MSI_VALID_DEVID:
+            raise Errno(errno.EINVAL)
+        return bus.msi(high << 32 | low, data)
+
+    # ---- eventfds
+    def _irqfd(self, arg: int, caller: Caller) -> int:
+        self._irqfds.irqfd(caller.memory.read(arg, irqfd.SIZE), self.bus, caller)
+        return 0
+
+    def _ioeventfd(self, arg: int, caller: Caller) -> int:
+        self._kernel_bus.ioeventfd(caller.memory.read(arg, kernel_bus.SIZE), caller)
+        self._exits.bus = self._kernel_bus
+        return 0
