@@ -11,6 +11,7 @@ kvm_apic_accept_events and vcpu_block in arch/x86/kvm/.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 import time
@@ -54,12 +55,8 @@ class Activity:
         """Something may have become pending: leave the guest, or wake, and look."""
         with self._changed:
             self._asked = True
-            self._vcpu.cpu.kick[0] = 1
-            self._changed.notify()
-
-    def wake(self) -> None:
-        """The vCPU is to leave KVM_RUN: a signal is there, or its file is going away."""
-        with self._changed:
+            with contextlib.suppress(ValueError):  # the vCPU, and the page with its kick, may be gone
+                self._vcpu.cpu.kick[0] = 1
             self._changed.notify()
 
     def nmi(self) -> None:

@@ -1,7 +1,8 @@
 """The page a vCPU shares with its VMM (struct kvm_run): where exits are written and answers read.
 
-Layout facts: include/uapi/linux/kvm.h. The mapping is three pages: kvm_run, the data page of port I/O, and the
-coalesced ring, which the model leaves empty.
+Layout facts: include/uapi/linux/kvm.h. The byte behind immediate_exit is padding there; here it is our own request to
+leave the guest, beside the VMM's, so that one look sees both (cpu/stubs.py). The mapping is three pages: kvm_run, the
+data page of port I/O, and the coalesced ring, which the model leaves empty.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from kvmapi.abi import kvm
 
 SIZE = 3 * mmap.PAGESIZE
 PIO_OFFSET = mmap.PAGESIZE
-REQUEST_WINDOW, IMMEDIATE_EXIT, EXIT_REASON, CR8, UNION = 0, 1, 8, 16, 32
+REQUEST_WINDOW, IMMEDIATE_EXIT, KICK, EXIT_REASON, CR8, UNION = 0, 1, 2, 8, 16, 32
 _AFTER = struct.Struct("<BBHQQ")  # from offset 12: ready_for_interrupt_injection, if_flag, flags, cr8, apic_base
 _AFTER_AT = 12
 _REASON = struct.Struct("<I")
@@ -30,6 +31,7 @@ class RunPage:
         os.ftruncate(self._fd, SIZE)
         self.memory = mmap.mmap(self._fd, SIZE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.kick = memoryview(self.memory)[KICK : KICK + 1]
 
     def map(self, length: int, prot: int, flags: int, offset: int) -> mmap.mmap:
         """The VMM's mapping; EINVAL beyond the area, as a fault there would be SIGBUS."""
@@ -39,6 +41,7 @@ class RunPage:
 
     def destroy(self) -> None:
         """The last holder is gone. The VMM's own mapping, if any is left, keeps its memory."""
+        self.kick.release()
         self.memory.close()
         os.close(self._fd)
 

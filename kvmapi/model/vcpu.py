@@ -172,9 +172,9 @@ class VcpuFile(File):
             try:
                 result, entering = cpu.privileged.complete(), True
                 if cpu.lapic is not None:
-                    activity.settle()
                     if activity.state == kvm.KVM_MP_STATE_UNINITIALIZED and result is None:
                         return self._wait_to_be_started()
+                    activity.settle()
                 while result is None or result >= KICKED:
                     if self.page.memory[IMMEDIATE_EXIT] or self.inside.interrupted:
                         if result == KICKED:
@@ -224,6 +224,7 @@ class VcpuFile(File):
     def _wait_to_be_started(self) -> int:
         """A processor that was never started sleeps until somebody asks something of it, and tells user space so."""
         result = None
+        self.activity.settle()
         while result is None and self.activity.state == kvm.KVM_MP_STATE_UNINITIALIZED:
             result = self._sleep()
         return -errno.EAGAIN if result is None else result

@@ -220,7 +220,11 @@ class VcpuState:
         return 0
 
     def _get_mp_state(self, arg: int, caller: Caller) -> int:
-        caller.memory.write(arg, struct.pack("<I", self._vcpu.activity.state))
+        activity = self._vcpu.activity
+        if activity.asked:
+            with self._vcpu.vm.paused():
+                activity.settle()  # an INIT or a startup IPI that has arrived counts
+        caller.memory.write(arg, struct.pack("<I", activity.state))
         return 0
 
     def _set_mp_state(self, arg: int, caller: Caller) -> int:

@@ -5,6 +5,7 @@
    fits both and a fresh engine.
 3. Two loads from unmistakable addresses, refused by the TLB hook, leave the full faulting address in the engine's
    structure (the hook itself is told the page only).
+4. A stop request that comes late, and one that does not, show that a flag found in the engine's code is the right one.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import struct
 from unicorn import unicorn_const as uc
 from unicorn import x86_const as x86
 
-from kvmapi.model.cpu import layout
+from kvmapi.model.cpu import layout, stubs
 from kvmapi.model.cpu.layout import Layout, expect, find_all
 from kvmapi.model.cpu.native import Native, TlbEntry, TlbFill
 
 _CODE_AT = 0x1000
 _HLT = b"\xf4"
 _DIVIDE_BY_ZERO = b"\x31\xc9\xf7\xf1" + _HLT  # xor ecx, ecx; div ecx
+_TWO_INCREMENTS = b"\xff\xc1\xff\xc1" + _HLT  # inc ecx; inc ecx
 _LOAD_BAD_SELECTOR = b"\x66\xb8\x70\x00\x8e\xd8" + _HLT  # mov ax, 0x70; mov ds, ax -> #GP(0x70)
 _MARKS = {
     x86.UC_X86_REG_RAX: (layout.REGS, 0x1122334455667788),
@@ -107,7 +109,23 @@ def run() -> Layout:
         fpregs=fpregs[0],
         xcr0=tsc_aux[0] + 8,
         debug=dr7[0] - 56,
+        quiet=_quiet_field(),
     )
+
+
+def _quiet_field() -> int:
+    """The flag does what it is thought to do: with it a bare stop request comes too late, and a stop stub does not."""
+    offset = stubs.quiet_offset()
+    for late in (True, False):
+        probe = _Probe(_TWO_INCREMENTS)
+        probe.native.quieten(offset)
+        if late:
+            probe.native.hook_code(_CODE_AT + 2, stubs.exported("uc_emu_stop"))
+        else:
+            probe.native.hook_stop_at(_CODE_AT + 2)
+        ecx = struct.unpack_from("<Q", probe.run(), layout.REGS + 8)[0]
+        expect(ecx == 1 + late, "its flag for stop requests")
+    return offset
 
 
 def _exception_fields() -> tuple[int, int]:

@@ -75,12 +75,12 @@ class CodePage:
 class CodeCache:
     """All code pages of one vCPU's engine."""
 
-    def __init__(self, native: Native, kick: ctypes.Array[ctypes.c_uint64], read: Callable[[int, int], bytes]) -> None:
+    def __init__(self, native: Native, watching: ctypes.Array[ctypes.c_uint32], read: Callable[[int, int], bytes]) -> None:
         self.secret = False  # pages are plaintext of an encrypted guest: keep checksums of them, no copies
         self.watch_flags = False  # instructions that change IF, or end an NMI handler, can stop the engine too; flush after a change
         self.breakpoints: frozenset[int] = frozenset()  # addresses at which user space wants a stop; flush after a change
         self._native = native
-        self._kick = kick
+        self._watching = watching
         self._read = read  # guest-virtual bytes, for the tail in the next page
         self._pages: dict[int, CodePage] = {}  # by virtual page
         self._hooks: dict[int, int] = {}
@@ -115,7 +115,7 @@ class CodeCache:
                 hooks[address] = native.hook_stop_at(address)
         for offset in page.watches:
             if va + offset not in hooks:
-                hooks[va + offset] = native.hook_watch_at(va + offset, self._kick)
+                hooks[va + offset] = native.hook_watch_at(va + offset, self._watching)
         self._overflow = len(hooks) > _MAX_HOOKS
 
     def site(self, va: int, bits: int) -> Site | None:

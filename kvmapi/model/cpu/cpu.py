@@ -14,6 +14,7 @@ engine at each start.
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
@@ -59,8 +60,11 @@ class Cpu:
         self.scratch = memoryview(self._scratch_page)
         self.mmu = Mmu(self.native, self.where, physical, self.scratch_address, self._fetched)
         self.stepper = Stepper(self)
-        self.kick = self.native.hook_kick(page.address + IMMEDIATE_EXIT)
-        self.code = CodeCache(self.native, self.kick, self.mmu.read)
+        self.kick = page.kick
+        self.native.hook_kick(page.address + IMMEDIATE_EXIT)
+        self.native.quieten(self.where.quiet)
+        self.watching = (ctypes.c_uint32 * 1)()  # element 0: STI, POPF and IRET stop the engine
+        self.code = CodeCache(self.native, self.watching, self.mmu.read)
         self.cpuid = Table([])
         self.msrs = Msrs(self.registers, bootstrap=index == 0)
         self.privileged = Privileged(self, policy)

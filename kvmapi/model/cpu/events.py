@@ -7,7 +7,7 @@ entry, whatever IF says: the VMM injects only when KVM told it that the guest ta
 
 Two things must be noticed while the guest runs: IF becoming 1 when an interrupt or a window waits for it, and IRET
 ending an NMI handler. From the first such wish on, the instructions that can do that (STI, POPF, IRET) are scanned for
-as well (`CodeCache.watch_flags`). They stop the engine only while a wish stands (native.WATCHING); each is then executed
+as well (`CodeCache.watch_flags`). They stop the engine only while a wish stands (stubs.py); each is then executed
 alone and looked at afterwards. Source: struct kvm_vcpu_events; kvm_vcpu_ioctl_x86_set_vcpu_events in arch/x86/kvm/x86.c for the
 checks.
 """
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 from kvmapi.abi import kvm
 from kvmapi.model.cpu import layout
-from kvmapi.model.cpu.native import WATCHING
 from kvmapi.model.cpu.scan import Site
 
 if TYPE_CHECKING:
@@ -205,7 +204,7 @@ class Events:
         if on and not code.watch_flags:
             code.watch_flags = True
             code.flush()
-        self._cpu.kick[WATCHING] = on
+        self._cpu.watching[0] = on
 
     def flags_instruction(self, site: Site) -> int | None:
         """STI, POPF or IRET is next, and someone waits for what it may do: execute it alone."""

@@ -49,8 +49,8 @@ class EngineMismatch(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Offsets found by calibration: bytes into the CPU structure, but `invalid_addr`, which is bytes into the engine's
-    own structure.
+    """Offsets found by calibration: bytes into the CPU structure, but `invalid_addr` and `quiet`, which are bytes into
+    the engine's own structure.
     """
 
     efer: int
@@ -63,6 +63,7 @@ class Layout:
     fpregs: int
     xcr0: int
     debug: int
+    quiet: int
 
 
 def find_all(blob: bytes, value: bytes) -> list[int]:

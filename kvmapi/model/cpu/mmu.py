@@ -87,9 +87,7 @@ class UnsupportedMode(Exception):
 class Mmu:
     """Address translation of one vCPU. CR0, CR3, CR4, EFER, CPL and AC are read where the engine keeps them."""
 
-    def __init__(
-        self, native: Native, where: Layout, physical: Physical, scratch: int, on_fetch: Callable[[int, int, int], None]
-    ) -> None:
+    def __init__(self, native: Native, where: Layout, physical: Physical, scratch: int, on_fetch: Callable[[int, int, int], None]) -> None:
         self._native = native
         self._memory = EngineMemory(native, physical, scratch)
         self._u32 = native.state[: len(native.state) & -4].cast("I")
@@ -180,7 +178,6 @@ class Mmu:
         self._shadows.clear()
         self._switch()
         return True
-
 
     def reset(self) -> None:
         """CPUID or the guest's encryption changed: shadows made before do not count."""

@@ -7,6 +7,10 @@ So the few functions it needs are prototyped once here. Everything is a thin cal
 what is written there is what the guest goes on with. Inside a callback it is as current as the engine can make it
 (RIP is not).
 
+`Native.state` is the engine's CPU structure itself (layout.py), live: between two starts it holds the registers, and
+what is written there is what the guest goes on with. Inside a callback it is as current as the engine can make it
+(RIP is not).
+
 Three callbacks are machine code rather than Python, because a Python call per block or per stop would dominate:
 - a *stop hook* on one address is `uc_emu_stop` itself: its first argument is the engine, which is what a hook gets
   first;
@@ -27,6 +31,7 @@ import unicorn.unicorn_const as uc
 from unicorn.unicorn_py3 import unicorn as _binding
 
 from kvmapi.model.cpu.layout import EngineMismatch
+from kvmapi.model.cpu.stubs import stubs
 
 _lib = _binding.uclib
 _u64, _ptr, _int = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_int
@@ -62,36 +67,16 @@ _hook_del = _prototype("uc_hook_del", _ptr, ctypes.c_size_t)
 _strerror = _prototype("uc_strerror", _int, result=ctypes.c_char_p)
 _hook_add = _lib.uc_hook_add  # variadic: arguments are wrapped at the call
 _ctl = _lib.uc_ctl  # variadic
-_STOP_ADDRESS = ctypes.cast(_lib.uc_emu_stop, _ptr)
 _WRITE = uc.UC_CTL_IO_WRITE << 30
 
-# cmp dword [rcx], 0; jne stop; mov rax, [rcx+16]; cmp byte [rax], 0; jne stop; ret; stop: jmp [rcx+8]
-_KICK_STUB = bytes.fromhex("833900 750a 488b4110 803800 7501 c3 ff6108".replace(" ", ""))
-# cmp dword [rcx+24], 0; jne stop; ret; stop: jmp [rcx+8]
-_WATCH_STUB = bytes.fromhex("83791800 7501 c3 ff6108".replace(" ", ""))
-_WATCH_STUB_AT = 32
-WATCHING = 3  # the element of the kick array that turns conditional stop hooks on
+CODE_BYTES = 64 << 20
+"""Room for translated code. Not more: code further than 2 GiB from our stubs calls them by a slower way, and Unicorn's own
+choice of 1 GiB puts every second engine there."""
+
 _CONTEXT_HEADER = 40  # of a saved context, before the copy of the CPU structure
 _ENGINE_BYTES, _OBJECT_BYTES = 4096, 1 << 17  # of the engine's structure and of its CPU object: where to search
 _MARK = 0x53_65_76_4D_4D_4D_4D_01
 _REG_EFLAGS, _REG_RAX, _REG_MSR = 25, 35, 248  # UC_X86_REG_EFLAGS, _RAX, _MSR (their module takes 10 ms to import)
-
-
-def _executable(code: bytes) -> tuple[mmap.mmap, int]:
-    protection = mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC
-    area = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=protection)
-    area[: len(code)] = code
-    return area, ctypes.addressof(ctypes.c_char.from_buffer(area))
-
-
-_stub: tuple[mmap.mmap, int] | None = None
-
-
-def _kick_stub() -> int:
-    global _stub
-    if _stub is None:
-        _stub = _executable(_KICK_STUB.ljust(_WATCH_STUB_AT, b"\xcc") + _WATCH_STUB)
-    return _stub[1]
 
 
 _places: list[tuple[int, int]] = []  # offset of the CPU's pointer in the engine, and of the state in what it points to
@@ -141,14 +126,14 @@ def _peek(fd: int, address: int, size: int) -> bytes:
 class Native:
     """One Unicorn x86-64 engine in virtual-TLB mode. Not thread-safe: one caller at a time."""
 
-    def __init__(self, code_bytes: int = 0) -> None:
-        """`code_bytes`: room for translated code, if not the usual."""
+    def __init__(self, code_bytes: int = CODE_BYTES) -> None:
+        """`code_bytes`: room for translated code."""
         handle = _ptr()
         self._check(_open(uc.UC_ARCH_X86, uc.UC_MODE_64, ctypes.addressof(handle)), "open an engine")
         self.handle: int = handle.value or 0
         self._callbacks: list[object] = []  # ctypes callbacks must outlive the engine
-        if code_bytes:  # before the engine sets itself up, which the first call that needs its CPU does
-            self.control(uc.UC_CTL_TCG_BUFFER_SIZE, ctypes.c_uint32(code_bytes))
+        # Before the engine sets itself up, which the first call that needs its CPU does.
+        self.control(uc.UC_CTL_TCG_BUFFER_SIZE, ctypes.c_uint32(code_bytes))
         copy = self._copy_of_state()
         address = _locate_state(self.handle, copy)
         self.state = memoryview((ctypes.c_ubyte * len(copy)).from_address(address)).cast("B")
@@ -199,6 +184,12 @@ class Native:
             return _start(self.handle, rip, linear, 0, 0)
         finally:
             self.control(uc.UC_CTL_UC_USE_EXITS, _int(1))
+
+    def quieten(self, offset: int) -> None:
+        """Do not look for stop requests after each memory access, which costs as much as the access: stop stubs leave by
+        themselves. `offset` is stubs.quiet_offset. Not for instruction counts, which rely on it.
+        """
+        ctypes.c_uint8.from_address(self.handle + offset).value = 1
 
     def stop(self) -> None:
         """Only from inside a callback: stopping from outside tears instructions apart."""
@@ -270,22 +261,21 @@ class Native:
         callback = MemoryAccess(function)
         return self._hook(uc.UC_HOOK_MEM_READ | uc.UC_HOOK_MEM_WRITE, callback, 0, 1, 0), callback
 
+    def hook_code(self, address: int, function: int) -> int:
+        """Call the machine code at `function` before the instruction at virtual `address`."""
+        return self._hook(uc.UC_HOOK_CODE, _ptr(function), 0, address, address)
+
     def hook_stop_at(self, address: int) -> int:
         """Stop before the instruction at virtual `address`, with no Python in the way."""
-        return self._hook(uc.UC_HOOK_CODE, _STOP_ADDRESS, 0, address, address)
+        return self.hook_code(address, stubs().stop)
 
-    def hook_watch_at(self, address: int, kick: ctypes.Array[ctypes.c_uint64]) -> int:
-        """The same, but only while element WATCHING of `kick` is not zero."""
-        return self._hook(uc.UC_HOOK_CODE, _ptr(_kick_stub() + _WATCH_STUB_AT), ctypes.addressof(kick), address, address)
+    def hook_watch_at(self, address: int, flag: ctypes.Array[ctypes.c_uint32]) -> int:
+        """The same, but only while `flag[0]` is not zero."""
+        return self._hook(uc.UC_HOOK_CODE, _ptr(stubs().watch), ctypes.addressof(flag), address, address)
 
-    def hook_kick(self, byte_address: int) -> ctypes.Array[ctypes.c_uint64]:
-        """Stop at the next block whenever element 0 of the returned array, or the byte at `byte_address`, is not
-        zero.
-        """
-        data = (ctypes.c_uint64 * 4)(0, _STOP_ADDRESS.value or 0, byte_address, 0)
-        self._callbacks.append(data)
-        self._hook(uc.UC_HOOK_BLOCK, _ptr(_kick_stub()), ctypes.addressof(data), 1, 0)
-        return data
+    def hook_kick(self, address: int) -> None:
+        """Stop at the next block whenever one of the two bytes at `address` is not zero."""
+        self._hook(uc.UC_HOOK_BLOCK, _ptr(stubs().kick), address, 1, 0)
 
     def unhook(self, handle: int) -> None:
         _hook_del(self.handle, handle)

@@ -19,7 +19,6 @@ from kvmapi.model.cpu import control, ports, syscalls
 from kvmapi.model.cpu.cpuid import OSXSAVE
 from kvmapi.model.cpu.mmu import Fault, UnsupportedMode
 from kvmapi.model.cpu.msrs import NoSuchMsr
-from kvmapi.model.cpu.native import WATCHING
 from kvmapi.model.cpu.scan import Site
 from kvmapi.model.cpu.state import ES
 from kvmapi.model.mem.physical import Refused
@@ -242,7 +241,7 @@ class Privileged:
     def _system_call(self, site: Site) -> None:
         syscalls.execute(self._cpu, site.kind, site.length, site.size == 8)
         self._cpu.events.leave_shadow()
-        self._cpu.attention |= bool(self._cpu.kick[WATCHING])  # SYSRET may set IF
+        self._cpu.attention |= bool(self._cpu.watching[0])  # SYSRET may set IF
 
     # ---- CPUID and MSRs
     def _set_gpr(self, number: int, value: int) -> None:

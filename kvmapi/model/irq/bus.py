@@ -22,7 +22,7 @@ from kvmapi.model.irq.ioapic import IoApic
 from kvmapi.model.irq.target import ALL, FIXED, LOWEST, NO_SHORTHAND, SELF, Message
 
 if TYPE_CHECKING:
-    from kvmapi.model.irq.lapic import Lapic
+    from kvmapi.model.irq.core import LapicCore
 
 BROADCAST, X2_BROADCAST = 0xFF, 0xFFFFFFFF
 USER_SOURCE, RESAMPLE_SOURCE = 1, 2  # who holds a line: bits of a set, as KVM's IRQ source ids
@@ -39,7 +39,7 @@ class InterruptBus:
         self.wide_ids = False  # KVM_X2APIC_API_USE_32BIT_IDS
         self.broadcast_quirk = True  # not KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
         self.resamplers: dict[int, Callable[[], None]] = {}  # by GSI: notify its resample eventfds; set by Irqfds
-        self._lapics: dict[int, Lapic] = {}
+        self._lapics: dict[int, LapicCore] = {}
         self._moved = False  # an xAPIC id differs from the low 8 bits that are one's own: no look-up by id
         self._after: list[Callable[[], None]] = []
         self._closed = False
@@ -71,7 +71,7 @@ class InterruptBus:
         self._after.append(action)
 
     # ---- targets
-    def add(self, lapic: Lapic) -> None:
+    def add(self, lapic: LapicCore) -> None:
         """A vCPU was made."""
         with self:
             self._lapics[lapic.target.id] = lapic
@@ -82,7 +82,7 @@ class InterruptBus:
         self._moved = True
 
     # ---- sending
-    def send(self, message: Message, source: Lapic | None = None) -> int:
+    def send(self, message: Message, source: LapicCore | None = None) -> int:
         """Deliver a message; how many APICs took it, or -1."""
         with self:
             return self.deliver(message, source)
@@ -144,7 +144,7 @@ class InterruptBus:
             self.later(notify)
         return notify is not None
 
-    def deliver(self, message: Message, source: Lapic | None = None) -> int:
+    def deliver(self, message: Message, source: LapicCore | None = None) -> int:
         broadcast = self._is_broadcast(message, source)
         if message.mode == LOWEST and message.shorthand == NO_SHORTHAND and not message.logical and message.destination == BROADCAST:
             message = message._replace(mode=FIXED)
@@ -156,7 +156,7 @@ class InterruptBus:
             return -1 if broadcast else 0
         return sum(lapic.accept(message.mode, message.vector, message.asserted, message.level_triggered) for lapic in found)
 
-    def _candidates(self, message: Message) -> Iterable[Lapic]:
+    def _candidates(self, message: Message) -> Iterable[LapicCore]:
         if message.shorthand != NO_SHORTHAND or message.logical or self._moved or message.destination == BROADCAST:
             return self._lapics.values()
         if message.destination == X2_BROADCAST:
@@ -164,7 +164,7 @@ class InterruptBus:
         one = self._lapics.get(message.destination)
         return () if one is None else (one,)
 
-    def _is_broadcast(self, message: Message, source: Lapic | None) -> bool:
+    def _is_broadcast(self, message: Message, source: LapicCore | None) -> bool:
         if message.shorthand == SELF:
             return False
         if message.shorthand != NO_SHORTHAND or not self._lapics:
@@ -173,7 +173,7 @@ class InterruptBus:
             return message.destination in (BROADCAST, X2_BROADCAST)
         return message.destination == (X2_BROADCAST if source is not None and source.x2 else BROADCAST)
 
-    def _matches(self, lapic: Lapic, message: Message, source: Lapic | None) -> bool:
+    def _matches(self, lapic: LapicCore, message: Message, source: LapicCore | None) -> bool:
         if message.shorthand != NO_SHORTHAND:
             return message.shorthand == ALL or (lapic is source) == (message.shorthand == SELF)
         destination = message.destination
@@ -184,13 +184,13 @@ class InterruptBus:
         return _logical(lapic, destination) if message.logical else _physical(lapic, destination)
 
 
-def _physical(lapic: Lapic, destination: int) -> bool:
+def _physical(lapic: LapicCore, destination: int) -> bool:
     if lapic.x2 or destination > 0xFF:  # an id too large for an xAPIC is reached all the same
         return destination == lapic.target.id
     return destination == lapic.id_register >> 24
 
 
-def _logical(lapic: Lapic, destination: int) -> bool:
+def _logical(lapic: LapicCore, destination: int) -> bool:
     own = lapic.ldr
     if lapic.x2:
         return own >> 16 == destination >> 16 and own & destination & 0xFFFF != 0
@@ -198,4 +198,3 @@ def _logical(lapic: Lapic, destination: int) -> bool:
     if lapic.dfr == _FLAT:
         return own & destination != 0
     return lapic.dfr == _CLUSTER and own >> 4 == destination >> 4 and own & destination & 0xF != 0
-
