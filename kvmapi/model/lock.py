@@ -8,13 +8,31 @@ vCPU. The gate keeps a leaver from overtaking the one it left for.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from kvmapi.model.signals import KickFlag
 
 SLICE = 0.002  # seconds a vCPU may run while another waits
-_RETRY = 0.01  # a kick that came between two starts is repeated
+_RETRY = 0.002  # a kick that came between two starts is repeated
+_LOOK = 0.001  # seconds between two looks at whether a waiter still wants the lock
+
+
+def _wait(lock: threading.Lock, seconds: float | None, leaving: Callable[[], bool] | None) -> bool:
+    """Take `lock` within `seconds` (None: for ever), unless `leaving` becomes true."""
+    if lock.acquire(blocking=False):
+        return True
+    if leaving is None:
+        return lock.acquire(timeout=-1 if seconds is None else seconds) if seconds != 0 else False
+    end = None if seconds is None else time.monotonic() + seconds
+    while not leaving():
+        left = _LOOK if end is None else min(_LOOK, end - time.monotonic())
+        if left <= 0:
+            return False
+        if lock.acquire(timeout=left):
+            return True
+    return False
 
 
 class EngineLock:
@@ -26,20 +44,28 @@ class EngineLock:
         self._holder: KickFlag | None = None
         self.turns = 0  # counts changes of hands: who finds another number than its own last one was not alone
 
-    def acquire(self, kick: KickFlag | None = None, patience: float = 0.0) -> None:
-        """Take the lock; after `patience` seconds make the holder leave. `kick`: the taker's own flag, cleared here."""
-        with self._gate:
-            if not self._lock.acquire(blocking=False) and not (patience and self._lock.acquire(timeout=patience)):
-                while True:
-                    holder = self._holder
-                    if holder is not None:
-                        holder[0] = 1
-                    if self._lock.acquire(timeout=_RETRY):
-                        break
+    def acquire(self, kick: KickFlag | None = None, patience: float = 0.0, leaving: Callable[[], bool] | None = None) -> bool:
+        """Take the lock; after `patience` seconds make the holder leave. `kick`: the taker's own flag, cleared here.
+        `leaving` is asked every millisecond: once it is true the wait is given up, and False returned.
+        """
+        if not _wait(self._gate, None, leaving):
+            return False
+        try:
+            waited = 0.0
+            while not _wait(self._lock, max(patience - waited, _RETRY) if waited else patience, leaving):
+                if leaving is not None and leaving():
+                    return False
+                waited = patience or _RETRY
+                holder = self._holder
+                if holder is not None:
+                    holder[0] = 1
             self.turns += 1
             self._holder = kick
             if kick is not None:
                 kick[0] = 0
+        finally:
+            self._gate.release()
+        return True
 
     def release(self) -> None:
         """Give it back."""

@@ -54,6 +54,7 @@ class VcpuFile(File):
         self.inside = Inside(self.cpu.kick)
         WATCHER.add(self.inside)
         self._turn = -1
+        self._holds = False  # the engine lock
         self.dead = self._gone = False
         self.entered = False  # did the guest ever run? Then its CPUID stays
         self.activity = Activity(self)
@@ -154,7 +155,7 @@ class VcpuFile(File):
                 self._reap()
 
     def _run_locked(self) -> int:
-        vm, cpu, activity = self.vm, self.cpu, self.activity
+        vm, cpu = self.vm, self.cpu
         if not vm.sev.may_run():
             raise Errno(errno.EINVAL)
         try:
@@ -165,59 +166,78 @@ class VcpuFile(File):
         window = bool(self.page.memory[REQUEST_WINDOW]) and cpu.lapic is None
         if window != cpu.events.window_wanted:
             cpu.events.window_wanted, cpu.attention = window, True
-        lock = vm.lock
-        lock.acquire(cpu.kick, SLICE)
+        self._enter_engine()
         try:
-            vm.physical.enter()
-            try:
-                result, entering = cpu.privileged.complete(), True
-                if cpu.lapic is not None:
-                    if activity.state == kvm.KVM_MP_STATE_UNINITIALIZED and result is None:
-                        return self._wait_to_be_started()
-                    activity.settle()
-                while result is None or result >= KICKED:
-                    if self.page.memory[IMMEDIATE_EXIT] or self.inside.interrupted:
-                        if result == KICKED:
-                            self.page.head(kvm.KVM_EXIT_INTR)
-                        return -errno.EINTR
-                    if result == KICKED:
-                        lock.release()
-                        lock.acquire(cpu.kick, SLICE)
-                    elif result == HALTED:
-                        activity.halt()
-                        activity.settle()
-                    if activity.asked:
-                        activity.settle()
-                    if not activity.runs:
-                        result = self._sleep()
-                        continue
-                    # Who else may have changed code? Other vCPUs and ioctls, if they had the lock since; and the VMM
-                    # at every entry, but what it does to encrypted pages `enter` has noticed already.
-                    if lock.turns != self._turn + 1 or (entering and not cpu.code.secret):
-                        cpu.code.verify()
-                    if self.state.fpu.stale:
-                        self.state.fpu.drop_stale()
-                    entering, self.entered = False, True
-                    result = cpu.go()
-                    self._turn = lock.turns
-                return result
-            finally:
-                vm.physical.leave()
-                self._after_run()
-                if valid:
-                    self._give_sync_regs(valid)
+            return self._run_guest()
         finally:
-            lock.release()
+            self._leave_engine()
+            self._after_run()
+            if valid:
+                self._give_sync_regs(valid)
+
+    def _run_guest(self) -> int:
+        """Everything between taking the engine and giving it back."""
+        cpu, activity, lock, page = self.cpu, self.activity, self.vm.lock, self.page
+        result, entering = cpu.privileged.complete(), True
+        if cpu.lapic is not None:
+            if activity.state == kvm.KVM_MP_STATE_UNINITIALIZED and result is None:
+                return self._wait_to_be_started()
+            activity.settle()
+        while result is None or result >= KICKED:
+            if page.memory[IMMEDIATE_EXIT] or self.inside.interrupted:
+                if result == KICKED:
+                    page.head(kvm.KVM_EXIT_INTR)
+                return -errno.EINTR
+            if result == KICKED and not self._hand_over():
+                return page.head(kvm.KVM_EXIT_INTR) - errno.EINTR
+            if result == HALTED:
+                activity.halt()
+                activity.settle()
+            elif activity.asked:
+                activity.settle()
+            if not activity.runs:
+                result = self._sleep()
+                continue
+            # Who else may have changed code? Other vCPUs and ioctls, if they had the lock since; and the VMM
+            # at every entry, but what it does to encrypted pages `enter` has noticed already.
+            if lock.turns != self._turn + 1 or (entering and not cpu.code.secret):
+                cpu.code.verify()
+            if self.state.fpu.stale:
+                self.state.fpu.drop_stale()
+            entering, self.entered = False, True
+            result = cpu.go()
+            self._turn = lock.turns
+        return result
+
+    # ---- the engine lock, and the arena that is open while it is held
+    def _enter_engine(self, leaving: Callable[[], bool] | None = None) -> bool:
+        if not self.vm.lock.acquire(self.cpu.kick, SLICE, leaving):
+            return False
+        self._holds = True
+        self.vm.physical.enter()
+        return True
+
+    def _leave_engine(self) -> None:
+        if self._holds:
+            self._holds = False
+            try:
+                self.vm.physical.leave()
+            finally:
+                self.vm.lock.release()
+
+    def _leaving(self) -> bool:
+        return bool(self.page.memory[IMMEDIATE_EXIT]) or self.inside.interrupted
+
+    def _hand_over(self) -> bool:
+        """Let another vCPU, or an ioctl, have the engine; False when user space wants KVM_RUN to end meanwhile."""
+        self._leave_engine()
+        return self._enter_engine(self._leaving)
 
     def _sleep(self) -> int | None:
         """Let others have the engine until the vCPU is to be looked at again (None), or KVM_RUN must return."""
-        self.vm.physical.leave()
-        self.vm.lock.release()
-        try:
-            result = self.activity.sleep()
-        finally:
-            self.vm.lock.acquire(self.cpu.kick, SLICE)
-            self.vm.physical.enter()
+        self._leave_engine()
+        result = self.activity.sleep()
+        self._enter_engine()
         self.activity.settle()
         return result
 

@@ -5,28 +5,27 @@ One lock covers every local APIC and the IOAPIC of the VM. It is entered with `w
 callback runs under the lock. Names with an underscore in front, and those of the IOAPIC and of `Lapic.accept`, are for
 use inside it.
 
-Who matches a destination, and what a sender is told about it, follows arch/x86/kvm/lapic.c and irq.c: a message to
-nobody counts 0; -1 is left for a broadcast that reaches no APIC that is on.
+Who is meant by a destination is told in directory.py. What a sender is told follows arch/x86/kvm/irq.c: a message to
+nobody counts 0, or -1 where each APIC had to be asked, as for a broadcast.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import kvm
 from kvmapi.model.irq import routing
 from kvmapi.model.irq.alarms import ALARMS
+from kvmapi.model.irq.directory import BROADCAST, Directory, matches
 from kvmapi.model.irq.ioapic import IoApic
-from kvmapi.model.irq.target import ALL, FIXED, LOWEST, NO_SHORTHAND, SELF, Message
+from kvmapi.model.irq.target import FIXED, SELF, Message
 
 if TYPE_CHECKING:
     from kvmapi.model.irq.core import LapicCore
 
-BROADCAST, X2_BROADCAST = 0xFF, 0xFFFFFFFF
 USER_SOURCE, RESAMPLE_SOURCE = 1, 2  # who holds a line: bits of a set, as KVM's IRQ source ids
-_FLAT, _CLUSTER = 0xFFFFFFFF, 0x0FFFFFFF  # the destination format register
 
 
 class InterruptBus:
@@ -40,7 +39,7 @@ class InterruptBus:
         self.broadcast_quirk = True  # not KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
         self.resamplers: dict[int, Callable[[], None]] = {}  # by GSI: notify its resample eventfds; set by Irqfds
         self._lapics: dict[int, LapicCore] = {}
-        self._moved = False  # an xAPIC id differs from the low 8 bits that are one's own: no look-up by id
+        self._directory: Directory | None = None
         self._after: list[Callable[[], None]] = []
         self._closed = False
         ALARMS.open()
@@ -75,11 +74,11 @@ class InterruptBus:
         """A vCPU was made."""
         with self:
             self._lapics[lapic.target.id] = lapic
-            self._moved |= lapic.target.id >= BROADCAST
+            self._directory = None
 
-    def ids_moved(self) -> None:
-        """An xAPIC id was changed."""
-        self._moved = True
+    def addresses_changed(self) -> None:
+        """What decides who is meant was changed: mode, ids, enabled or not."""
+        self._directory = None
 
     # ---- sending
     def send(self, message: Message, source: LapicCore | None = None) -> int:
@@ -145,56 +144,24 @@ class InterruptBus:
         return notify is not None
 
     def deliver(self, message: Message, source: LapicCore | None = None) -> int:
-        broadcast = self._is_broadcast(message, source)
-        if message.mode == LOWEST and message.shorthand == NO_SHORTHAND and not message.logical and message.destination == BROADCAST:
+        """`send`, inside the lock."""
+        if message.shorthand == SELF and source is not None:
+            return _accept(source, message)
+        if self._directory is None:
+            self._directory = Directory(self._lapics.values(), self.wide_ids)
+        directory, found = self._directory, None
+        if not message.shorthand and not directory.is_broadcast(message, source, self.broadcast_quirk):
+            found = directory.find(message)
+        if found is not None:
+            return sum(_accept(lapic, message) for lapic in found)
+        if message.lowest_priority and not message.logical and message.destination == BROADCAST:
             message = message._replace(mode=FIXED)
-        found = [lapic for lapic in self._candidates(message) if lapic.on and self._matches(lapic, message, source)]
-        if message.lowest_priority and (message.logical or broadcast):
-            enabled = [lapic for lapic in found if lapic.software_enabled]
-            found = [enabled[message.vector % len(enabled)]] if enabled else []
-        if not found:
-            return -1 if broadcast else 0
-        return sum(lapic.accept(message.mode, message.vector, message.asserted, message.level_triggered) for lapic in found)
-
-    def _candidates(self, message: Message) -> Iterable[LapicCore]:
-        if message.shorthand != NO_SHORTHAND or message.logical or self._moved or message.destination == BROADCAST:
-            return self._lapics.values()
-        if message.destination == X2_BROADCAST:
-            return self._lapics.values()
-        one = self._lapics.get(message.destination)
-        return () if one is None else (one,)
-
-    def _is_broadcast(self, message: Message, source: LapicCore | None) -> bool:
-        if message.shorthand == SELF:
-            return False
-        if message.shorthand != NO_SHORTHAND or not self._lapics:
-            return True
-        if not self.broadcast_quirk:
-            return message.destination in (BROADCAST, X2_BROADCAST)
-        return message.destination == (X2_BROADCAST if source is not None and source.x2 else BROADCAST)
-
-    def _matches(self, lapic: LapicCore, message: Message, source: LapicCore | None) -> bool:
-        if message.shorthand != NO_SHORTHAND:
-            return message.shorthand == ALL or (lapic is source) == (message.shorthand == SELF)
-        destination = message.destination
-        if self.broadcast_quirk and source is None and destination == BROADCAST and lapic.x2:
-            destination = X2_BROADCAST  # an xAPIC broadcast from a device means everyone
-        if destination == (X2_BROADCAST if lapic.x2 else BROADCAST):
-            return True
-        return _logical(lapic, destination) if message.logical else _physical(lapic, destination)
+        asked = [lapic for lapic in self._lapics.values() if lapic.on and matches(lapic, message, source, self.broadcast_quirk)]
+        if message.lowest_priority:
+            enabled = [lapic for lapic in asked if lapic.software_enabled]
+            asked = [enabled[message.vector % len(enabled)]] if enabled else []
+        return sum(_accept(lapic, message) for lapic in asked) if asked else -1
 
 
-def _physical(lapic: LapicCore, destination: int) -> bool:
-    if lapic.x2 or destination > 0xFF:  # an id too large for an xAPIC is reached all the same
-        return destination == lapic.target.id
-    return destination == lapic.id_register >> 24
-
-
-def _logical(lapic: LapicCore, destination: int) -> bool:
-    own = lapic.ldr
-    if lapic.x2:
-        return own >> 16 == destination >> 16 and own & destination & 0xFFFF != 0
-    own >>= 24
-    if lapic.dfr == _FLAT:
-        return own & destination != 0
-    return lapic.dfr == _CLUSTER and own >> 4 == destination >> 4 and own & destination & 0xF != 0
+def _accept(lapic: LapicCore, message: Message) -> int:
+    return lapic.accept(message.mode, message.vector, message.asserted, message.level_triggered)

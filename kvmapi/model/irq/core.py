@@ -92,12 +92,12 @@ class LapicCore:
             self.ldr = r.x2apic_ldr(self.target.id)
         elif changed & X2APIC and value & ENABLE:
             self._set_xapic_id(self.target.id)
+        self._bus.addresses_changed()
         self._settle()
 
     def _set_xapic_id(self, number: int) -> None:
         self.id_register = number << 24 & _U32
-        if number != self.target.id:
-            self._bus.ids_moved()
+        self._bus.addresses_changed()
 
     def reset(self, init: bool) -> None:
         """As after power-on, or (`init`) after INIT, which leaves the base as it is."""
@@ -118,6 +118,7 @@ class LapicCore:
             self._take_base(DEFAULT_BASE | ENABLE | (BOOTSTRAP if self._bootstrap else 0))
         elif self.x2:
             self.ldr = r.x2apic_ldr(self.target.id)
+        self._bus.addresses_changed()
         self._alarm()
         self._settle()
 

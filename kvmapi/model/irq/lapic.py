@@ -119,12 +119,15 @@ class Lapic(LapicCore):
 
     def _write_ldr(self, offset: int, value: int) -> None:
         self.ldr = value & 0xFF000000
+        self._bus.addresses_changed()
 
     def _write_dfr(self, offset: int, value: int) -> None:
         self.dfr = value | 0x0FFFFFFF
+        self._bus.addresses_changed()
 
     def _write_spiv(self, offset: int, value: int) -> None:
         self.spiv = value & 0x3FF
+        self._bus.addresses_changed()
         if not value & r.SPIV_ENABLED:
             self._lvt = [entry | r.LVT_MASKED for entry in self._lvt]
             self._timer.fired = False
@@ -181,14 +184,13 @@ class Lapic(LapicCore):
         with self._bus:
             words = {offset: int.from_bytes(data[offset : offset + 4], "little") for offset in r.STATE}
             self.spiv = words[r.SPIV]
+            self._bus.addresses_changed()
             if self.x2 and self._bus.wide_ids and words[r.ID] != self.target.id:
                 return False
             self._rest = bytes(data)
             self.id_register, self.ldr, self.dfr = words[r.ID], words[r.LDR], words[r.DFR]
             if self.x2:
                 self.id_register, self.ldr = self.target.id, r.x2apic_ldr(self.target.id)
-            elif self.id_register >> 24 != self.target.id:
-                self._bus.ids_moved()
             self._tpr, self._icr, self._icr2 = words[r.TPR], words[r.ICR], words[r.ICR2]
             self._isr, self._tmr, self._irr = (_vectors(words, bank) for bank in (r.ISR, r.TMR, r.IRR))
             self._lvt = [words[offset] for offset in r.LVT_INDEX]

@@ -77,7 +77,9 @@ class VmInterrupts:
 
     def _apply_x2apic_api(self) -> None:
         if self.bus is not None:
-            self.bus.wide_ids, self.bus.broadcast_quirk = self._wide_ids, self._broadcast_quirk
+            with self.bus:
+                self.bus.wide_ids, self.bus.broadcast_quirk = self._wide_ids, self._broadcast_quirk
+                self.bus.addresses_changed()
 
     def _bus_or(self, number: int) -> InterruptBus:
         if self.bus is None:
