@@ -21,10 +21,8 @@ _LOOK = 0.001  # seconds between two looks at whether a waiter still wants the l
 
 def _wait(lock: threading.Lock, seconds: float | None, leaving: Callable[[], bool] | None) -> bool:
     """Take `lock` within `seconds` (None: for ever), unless `leaving` becomes true."""
-    if lock.acquire(blocking=False):
-        return True
     if leaving is None:
-        return lock.acquire(timeout=-1 if seconds is None else seconds) if seconds != 0 else False
+        return lock.acquire(timeout=-1 if seconds is None else seconds)
     end = None if seconds is None else time.monotonic() + seconds
     while not leaving():
         left = _LOOK if end is None else min(_LOOK, end - time.monotonic())
@@ -48,23 +46,29 @@ class EngineLock:
         """Take the lock; after `patience` seconds make the holder leave. `kick`: the taker's own flag, cleared here.
         `leaving` is asked every millisecond: once it is true the wait is given up, and False returned.
         """
-        if not _wait(self._gate, None, leaving):
+        gate, lock = self._gate, self._lock
+        if not gate.acquire(blocking=False) and not _wait(gate, None, leaving):
             return False
         try:
-            waited = 0.0
-            while not _wait(self._lock, max(patience - waited, _RETRY) if waited else patience, leaving):
-                if leaving is not None and leaving():
-                    return False
-                waited = patience or _RETRY
-                holder = self._holder
-                if holder is not None:
-                    holder[0] = 1
+            if not lock.acquire(blocking=False) and not self._insist(patience, leaving):
+                return False
             self.turns += 1
             self._holder = kick
             if kick is not None:
                 kick[0] = 0
         finally:
-            self._gate.release()
+            gate.release()
+        return True
+
+    def _insist(self, patience: float, leaving: Callable[[], bool] | None) -> bool:
+        """Wait for the holder, and make it leave; False when the wait was given up."""
+        while not _wait(self._lock, patience, leaving):
+            if leaving is not None and leaving():
+                return False
+            patience = _RETRY
+            holder = self._holder
+            if holder is not None:
+                holder[0] = 1
         return True
 
     def release(self) -> None:

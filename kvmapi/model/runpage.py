@@ -32,6 +32,8 @@ class RunPage:
         self.memory = mmap.mmap(self._fd, SIZE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.kick = memoryview(self.memory)[KICK : KICK + 1]
+        self.u64 = memoryview(self.memory).cast("Q")
+        self._u32 = memoryview(self.memory).cast("I")
 
     def map(self, length: int, prot: int, flags: int, offset: int) -> mmap.mmap:
         """The VMM's mapping; EINVAL beyond the area, as a fault there would be SIGBUS."""
@@ -41,7 +43,8 @@ class RunPage:
 
     def destroy(self) -> None:
         """The last holder is gone. The VMM's own mapping, if any is left, keeps its memory."""
-        self.kick.release()
+        for view in (self.kick, self.u64, self._u32):
+            view.release()
         self.memory.close()
         os.close(self._fd)
 
@@ -63,7 +66,7 @@ class RunPage:
 
     def io(self, out: int, size: int, port: int, count: int) -> int:
         """KVM_EXIT_IO; the data stands at PIO_OFFSET."""
-        _REASON.pack_into(self.memory, EXIT_REASON, kvm.KVM_EXIT_IO)
+        self._u32[EXIT_REASON >> 2] = kvm.KVM_EXIT_IO
         _IO.pack_into(self.memory, UNION, out, size, port, count, PIO_OFFSET)
         return 0
 

@@ -258,16 +258,17 @@ class VcpuFile(File):
 
     def _take_user_state(self) -> int:
         """What user space left in kvm_run for this entry; the registers it wants at the exit."""
-        valid, dirty = _SYNC.unpack_from(self.page.memory, _SYNC_AT)
+        words = self.page.u64
+        valid, dirty = words[_SYNC_AT >> 3], words[(_SYNC_AT >> 3) + 1]
         if valid or dirty:
             self._take_sync_regs(valid, dirty)
         if self.cpu.lapic is not None:
-            return int(valid)
-        task_priority = self.page.read("<Q", CR8)  # without an in-kernel APIC, user space holds it
+            return valid
+        task_priority = words[CR8 >> 3]  # without an in-kernel APIC, user space holds it
         if task_priority >> 4:
             raise Errno(errno.EINVAL)
         self.cpu.cr8 = task_priority
-        return int(valid)
+        return valid
 
     def _take_sync_regs(self, valid: int, dirty: int) -> None:
         """What is taken is no longer marked dirty; what is refused stays marked."""

@@ -231,10 +231,12 @@ class Cpu:
         if self.event >= 0:
             return self._exception()
         if error == uc.UC_ERR_OK:
-            rip = self.registers.linear_rip
-            if rip in self.code.breakpoints:
+            code, registers = self.code, self.registers
+            bits = registers.code_bits
+            rip = registers.rip if bits == 64 else registers.linear_rip
+            if rip in code.breakpoints:
                 return self._at_breakpoint(rip)
-            site = self.code.site(rip, self.registers.code_bits)
+            site = code.site(rip, bits)
             if site is not None:
                 return self.privileged.execute(site)
             if self.kick[0] or self.page.memory[IMMEDIATE_EXIT]:

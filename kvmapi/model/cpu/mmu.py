@@ -10,7 +10,8 @@
 4. *Switching tables.* A MOV to CR3, or a change of mode, empties the engine's TLB and nothing else: each root has a
    shadow of its own, and several are kept warm.
 5. *Throwing away.* When backings change (slots, attributes, guest_memfds, encrypted frames), `Physical.generation`
-   moves on, and before the guest continues its TLB and all shadows are empty (`catch_up`).
+   moves on, and before the guest continues its TLB is empty, and so are all shadows, or of a few pages only those pages
+   are gone (`catch_up`).
 6. *What must always be mapped* is nothing of the guest's: the engine keeps its code outside the guest's addresses. Ours
    are the windows of host memory, each at an engine-physical address of its own, and one scratch page for instructions
    that touch MMIO (`EngineMemory`).
@@ -34,7 +35,7 @@ from kvmapi.model.caller import PAGE
 from kvmapi.model.cpu import layout
 from kvmapi.model.cpu.native import TlbEntry
 from kvmapi.model.cpu.paging import GP_VECTOR, PF_VECTOR, Fault, Paging
-from kvmapi.model.cpu.shadow import Shadows
+from kvmapi.model.cpu.shadow import AC, USER, WRITE, Shadows
 
 if TYPE_CHECKING:
     from kvmapi.model.cpu.layout import Layout
@@ -50,6 +51,7 @@ _AC = 1 << 18
 _HFLAGS, _EFLAGS = layout.HFLAGS >> 2, layout.EFLAGS >> 3
 _CR0, _CR3, _CR4 = (layout.CR + 8 * n >> 3 for n in (0, 3, 4))
 _MAX_SLOTS = 64
+_ATTEMPTS = 4  # a page that is scanned may take another one's frame, or even its own: then look again
 
 
 class EngineMemory:
@@ -123,10 +125,15 @@ class Mmu:
                     if kind != uc.UC_MEM_FETCH:
                         slot.perms = _READ_WRITE if allowed >> (access & ~3 | 1) & 1 else uc.UC_PROT_READ
                     else:
-                        slot.perms = _READ_EXECUTE
+                        slot.perms = _READ_EXECUTE if allowed >> (access & ~3) & 1 else uc.UC_PROT_EXEC
                         self._on_fetch(va, gfn, pointer)
-                    return True
-            self._convert(va, kind, bool(access & 4), bool(access & 8), slot)
+                    if self.physical.generation == self.generation:
+                        return True
+            for _ in range(_ATTEMPTS):
+                self._convert(va, kind, bool(access & 4), bool(access & 8), slot)
+                if self.physical.generation == self.generation:
+                    break
+                self._drop_all()
         except Exception as why:  # nothing may be raised through the engine's C frames: the run loop sorts it out
             self.fetching = kind == uc.UC_MEM_FETCH
             self.fault = why
@@ -149,19 +156,27 @@ class Mmu:
         window, offset, storable = physical.locate(mapping.gfn, mapping.private, write)
         physical.entered.add(mapping.gfn)
         if physical.generation != self.generation:
-            self._native.flush_tlb()  # an alias of this page was given up: nothing older may survive
-            self.generation = physical.generation
-            self._shadows.clear()
-            self._switch()
+            self._drop_all()
         slot.paddr = address = self._memory.address(window, offset)
         pointer = window.pointer + offset
         if fetch:
-            slot.perms = _READ_EXECUTE
+            # Code may be where loads are refused (SMAP) or see something else (the C-bit clear).
+            readable = not mapping.code_only and shadow.paging.allows(mapping.rights, False, False, user, ac)
+            slot.perms = _READ_EXECUTE if readable else uc.UC_PROT_EXEC
             self._on_fetch(va, mapping.gfn, pointer)
         else:
             slot.perms = _READ_WRITE if storable and mapping.dirty and write else uc.UC_PROT_READ
         if physical.generation == before:
-            self._shadows.remember(self._shadow, va, mapping, storable and write, address, pointer)
+            page = self._shadows.remember(self._shadow, va, mapping, storable, address, pointer)
+            if not fetch and page[13] >> (WRITE | (USER if user else 0) | (AC if ac else 0)) & 1:
+                slot.perms = _READ_WRITE
+
+    def _drop_all(self) -> None:
+        """From inside the engine: an alias of some page was given up, and nothing older may survive."""
+        self._native.flush_tlb()
+        self.generation = self.physical.generation
+        self._shadows.clear()
+        self._switch()
 
     # ---- 4. switching tables
     def _switch(self) -> None:
@@ -170,13 +185,19 @@ class Mmu:
 
     # ---- 5. throwing away
     def catch_up(self) -> bool:
-        """Did backings change since the last look? Then the shadows are empty now, and the TLB must be flushed."""
+        """Did backings change since the last look? Then the shadows no longer have them, and the TLB must be flushed."""
         if self.physical.generation == self.generation:
             return False
-        self.generation = self.physical.generation
-        self._memory.drop_dead()
-        self._shadows.clear()
-        self._switch()
+        physical = self.physical
+        if self.generation >= physical.flushed:
+            for generation, first, end in physical.voids:
+                if generation > self.generation:
+                    self._shadows.forget(first, end)
+        else:
+            self._memory.drop_dead()
+            self._shadows.clear()
+            self._switch()
+        self.generation = physical.generation
         return True
 
     def reset(self) -> None:
@@ -205,6 +226,15 @@ class Mmu:
             va, size = va + part & 0xFFFFFFFFFFFFFFFF, size - part
         return out
 
+    def read_code(self, va: int, size: int) -> bytes:
+        """Guest-virtual bytes as the current code would fetch them. Raises Fault or Refused."""
+        user, out = self._u32[_HFLAGS] & 3 == 3, b""
+        while size:
+            view, at, part = self._piece(va, size, False, user, fetch=True)
+            out += bytes(view[at : at + part])
+            va, size = va + part & 0xFFFFFFFFFFFFFFFF, size - part
+        return out
+
     def write(self, va: int, data: bytes, user: bool = False) -> None:
         """Store guest-virtual bytes. Raises as `read` does; an earlier page may have been stored."""
         while data:
@@ -212,10 +242,10 @@ class Mmu:
             view[at : at + part] = data[:part]
             va, data = va + part & 0xFFFFFFFFFFFFFFFF, data[part:]
 
-    def _piece(self, va: int, size: int, write: bool, user: bool) -> tuple[memoryview, int, int]:
+    def _piece(self, va: int, size: int, write: bool, user: bool, fetch: bool = False) -> tuple[memoryview, int, int]:
         at = va & (PAGE - 1)
         try:
-            gfn, encrypted, _ = self.translate(va & -PAGE, write, False, user)
+            gfn, encrypted, _ = self.translate(va & -PAGE, write, fetch, user)
         except Fault as fault:
             if fault.vector == PF_VECTOR:
                 fault.address = va

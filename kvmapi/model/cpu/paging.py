@@ -19,7 +19,7 @@ from kvmapi.model.mem.physical import Refused
 if TYPE_CHECKING:
     from kvmapi.model.mem.physical import Physical
 
-P, RW, US, A, D, PS = 1, 2, 4, 0x20, 0x40, 0x80
+P, RW, US, A, D, PS, G = 1, 2, 4, 0x20, 0x40, 0x80, 0x100
 NX = 1 << 63
 PF_P, PF_W, PF_U, PF_RSVD, PF_I = 1, 2, 4, 8, 16
 PF_VECTOR, GP_VECTOR = 14, 13
@@ -43,7 +43,7 @@ class Fault(Exception):
 
 class Mapping(NamedTuple):
     """What a walk found: the page, whether it is seen decrypted, the rights all levels leave (RW, US, NX), whether it
-    is dirty, and the entries used.
+    is dirty, the entries used, and whether this view is for fetches only (code through a mapping without the C-bit).
     """
 
     gfn: int
@@ -51,6 +51,7 @@ class Mapping(NamedTuple):
     rights: int
     dirty: bool
     steps: tuple[Step, ...]
+    code_only: bool = False
 
 
 class Paging:
@@ -67,7 +68,7 @@ class Paging:
         self.encrypted = bool(c_mask)
         self.address_mask = (1 << phys_bits) - 1 & -PAGE if self.wide else 0xFFFFF000
         self.reserved = 0
-        self.accesses: dict[tuple[int, bool, bool], int] = {}  # what a page's rights allow, see shadow.py
+        self.accesses: dict[tuple[int, bool, bool, bool], int] = {}  # what a page's rights allow, see shadow.py
         self.shifts: tuple[int, ...] = ()
         self.large: tuple[int, ...] = ()
         self.root = cr3 & self.address_mask & ~c_mask
@@ -79,7 +80,7 @@ class Paging:
         elif self.wide:
             self.shifts, self.large = (30, 21, 12), (21,)
             self.reserved = (1 << 63) - (1 << phys_bits) & ~c_mask
-            self.root |= cr3 & 0xFE0
+            self.root = cr3 & 0xFFFFFFE0
         else:
             self.shifts, self.large = (22, 12), (22,) if cr4 & CR4_PSE else ()
         if self.wide and not self.no_execute:
@@ -96,41 +97,54 @@ class Paging:
         """
         if not self.on:
             return Mapping(va >> 12 & 0xFFFFF, self.encrypted, RW | US, True, ())
-        if self.long and (va >> 47) not in (0, 0x1FFFF):
+        if not self.long:
+            va &= 0xFFFFFFFF
+        elif (va >> 47) not in (0, 0x1FFFF):
             raise Fault(GP_VECTOR, 0)
         cause = self.cause(write, fetch, user)
-        table, rights, no_execute = self.root, RW | US, 0
+        encrypted, wide, reserved, pointer = self.encrypted, self.wide, self.reserved, self.address_mask & ~self.c_mask
+        mask, known = (0x1FF if wide else 0x3FF), physical.tables.get
+        table, rights, no_execute, first = self.root, RW | US, 0, (self.root & 0xFFF) >> 3
         steps: list[Step] = []
         for shift in self.shifts:
-            view = self._table(physical, table, cause, va)
-            index = (va >> shift & (0x1FF if self.wide else 0x3FF)) + ((table & 0xFFF) >> 3)
+            view = known((table >> 12, encrypted, wide)) or self._table(physical, table, cause, va)
+            index, first = (va >> shift & mask) + first, 0
             entry = view[index]
             if not entry & P:
                 raise Fault(PF_VECTOR, cause, va)
             if shift == 30 and not self.long:  # PAE's top level has no rights and no accessed bit
-                if entry & (self.reserved | NX | 0x1E6):
+                if entry & (reserved | NX | 0x1E6):
                     raise Fault(PF_VECTOR, cause | PF_P | PF_RSVD, va)
                 steps.append((view, index, entry))
-                table = entry & self.address_mask & ~self.c_mask
+                table = entry & pointer
                 continue
-            leaf = shift == 12 or (entry & PS and shift in self.large)
-            if entry & self.reserved or (shift != 12 and entry & PS and self._bad_large(entry, shift)):
+            if entry & reserved or (entry & G and shift == 39):  # what would be G is reserved at the top (AMD)
                 raise Fault(PF_VECTOR, cause | PF_P | PF_RSVD, va)
             rights &= entry
             no_execute |= entry & NX
-            if leaf:
+            if shift == 12:
                 break
-            steps.append((view, index, self._mark(physical, table, view, index, entry, entry | A)))
-            table = entry & self.address_mask & ~self.c_mask
+            if entry & PS and (shift != 22 or self.large):
+                if self._bad_large(entry, shift):
+                    raise Fault(PF_VECTOR, cause | PF_P | PF_RSVD, va)
+                break
+            if not entry & A:
+                entry = self._mark(physical, table, view, index, entry, entry | A)
+            steps.append((view, index, entry))
+            table = entry & pointer
         rights = rights & (RW | US) | no_execute
         if not self.allows(rights, write, fetch, user, ac):
             raise Fault(PF_VECTOR, cause | PF_P, va)
         marked = entry | A | (D if write else 0)
-        steps.append((view, index, self._mark(physical, table, view, index, entry, marked)))
+        if marked != entry:
+            entry = self._mark(physical, table, view, index, entry, marked)
+        steps.append((view, index, entry))
         # Fetches are always decrypted, whatever the C-bit: code in shared memory would otherwise be the host's to write.
         # In 32-bit paging there is no room for a C-bit, and everything is private.
-        private = self.encrypted and (fetch or not self.wide or bool(entry & self.c_mask))
-        return Mapping(self._address(entry, shift, va) >> 12, private, rights, bool(marked & D), tuple(steps))
+        data_private = self.encrypted and (not self.wide or bool(entry & self.c_mask))
+        private = self.encrypted if fetch else data_private
+        page = self._address(entry, shift, va) >> 12
+        return Mapping(page, private, rights, bool(marked & D), tuple(steps), private is not data_private)
 
     def _table(self, physical: Physical, table: int, cause: int, va: int) -> memoryview:
         try:
@@ -142,15 +156,13 @@ class Paging:
 
     def _mark(self, physical: Physical, table: int, view: memoryview, index: int, entry: int, marked: int) -> int:
         """Set accessed and dirty bits; the entry as it stands now (tables in read-only memory keep what they have)."""
-        if marked != entry:
-            physical.store_word(table >> 12, self.encrypted, index, marked, self.wide)
-            return int(view[index])
-        return entry
+        physical.store_word(table >> 12, self.encrypted, index, marked, self.wide)
+        return int(view[index])
 
     def _bad_large(self, entry: int, shift: int) -> bool:
         """Has a large page's entry reserved bits set, or may there be none at this level?"""
         if shift == 22:
-            return bool(self.large) and bool(entry & 1 << 21)
+            return bool(entry & 1 << 21)
         if shift not in self.large:
             return True
         return bool(entry & (1 << shift) - 0x2000 & self.address_mask)

@@ -16,6 +16,8 @@ from kvmapi.model.cpu.paging import Mapping, Paging, Step
 
 MAX_SHADOWS = 8
 MAX_PAGES = 16384
+_MAX_NOTES = 4 * MAX_PAGES  # of pages by GFN, those included that are no longer what was noted
+GFN = 14  # its index in a Page
 _NOTHING = memoryview(bytes(8)).cast("Q")
 _NO_STEP: Step = (_NOTHING, 0, 0)
 _LEVELS = 4
@@ -42,6 +44,8 @@ class Shadows:
     """The shadows of one vCPU, the one used last at the end."""
 
     def __init__(self) -> None:
+        self._by_gfn: dict[int, list[tuple[Shadow, int]]] = {}
+        self._noted = 0
         self._kept: dict[tuple[int, ...], Shadow] = {}
         self._room = MAX_PAGES
 
@@ -61,11 +65,15 @@ class Shadows:
 
     def remember(self, shadow: Shadow, va: int, mapping: Mapping, writable: bool, address: int, pointer: int) -> Page:
         """Keep what `va` was converted to. `writable`: its backing is ready for stores."""
-        if va not in shadow.pages:
-            if not self._room:
-                self.clear()
-                self._kept[shadow.key] = shadow
+        if not self._room or self._noted >= _MAX_NOTES:
+            self.clear()
+            self._kept[shadow.key] = shadow
+        old = shadow.pages.get(va)
+        if old is None:
             self._room -= 1
+        if old is None or old[GFN] != mapping.gfn:
+            self._noted += 1
+            self._by_gfn.setdefault(mapping.gfn, []).append((shadow, va))
         steps = mapping.steps + (_NO_STEP,) * (_LEVELS - len(mapping.steps))
         first, second, third, fourth = steps
         page = (*first, *second, *third, *fourth, address, self._accesses(shadow.paging, mapping, writable), mapping.gfn, pointer)
@@ -77,22 +85,32 @@ class Shadows:
         """The accesses that need no further look: stores only to pages that are dirty already; fetches only where they
         see what loads see.
         """
-        key = (mapping.rights, writable and mapping.dirty, mapping.private == paging.encrypted)
+        key = (mapping.rights, writable and mapping.dirty, mapping.private == paging.encrypted, mapping.code_only)
         found = paging.accesses.get(key)
         if found is None:
             found = 0
             for access in range(16):
                 write, fetch = access & 3 == WRITE, access & 3 == FETCH
-                if access & 3 == 3 or (write and not key[1]) or (fetch and not key[2]):
+                if access & 3 == 3 or (write and not key[1]) or (not key[2] if fetch else key[3]):
                     continue
                 if paging.allows(mapping.rights, write, fetch, bool(access & USER), bool(access & AC)):
                     found |= 1 << access
             paging.accesses[key] = found
         return found
 
+    def forget(self, first: int, end: int) -> None:
+        """The backings of [first, end), in GFNs, changed. They are no tables that anything was converted from."""
+        for gfn in range(first, end):
+            for shadow, va in self._by_gfn.pop(gfn, ()):
+                page = shadow.pages.get(va)
+                if page is not None and page[GFN] == gfn:
+                    del shadow.pages[va]
+                    self._room += 1
+
     def clear(self) -> None:
         """Throw everything away: backings changed."""
         for shadow in self._kept.values():
             shadow.pages.clear()
         self._kept.clear()
-        self._room = MAX_PAGES
+        self._by_gfn.clear()
+        self._room, self._noted = MAX_PAGES, 0

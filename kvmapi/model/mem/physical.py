@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kvmapi.model.memslots import Memslots, Slot
 
 _WINDOW_ALIGN = 1 << 30
+_FEW_PAGES, _MAX_VOIDS = 64, 64  # what is noted page by page: more is a flush
 _MAX_TABLES = 4096  # pages of guest tables with a view of their own
 _TOP = 1 << 51  # end of the engine's physical addresses that windows may have
 
@@ -78,12 +79,16 @@ class Physical:
         self._free: dict[int, list[int]] = {}  # addresses of dropped windows, by their span
         self._readable: BitMap64 = BitMap64()  # caller's pages seen to be there
         self._writable: BitMap64 = BitMap64()
-        self._words: dict[tuple[int, bool, bool], memoryview] = {}
-        self.entered: BitMap64 = BitMap64()  # GFNs that some TLB may know since the last flush
+        self.tables: dict[tuple[int, bool, bool], memoryview] = {}  # pages of guest tables: see `words`
+        self.entered: BitMap64 = BitMap64()  # GFNs that some TLB or shadow table may know since the last flush
+        self.flushed = 0  # the generation of the last `flush`
+        self.voids: list[tuple[int, int, int]] = []  # (generation, first GFN, end) of changes of a few pages since then
 
     # ---- the rule
     def locate(self, gfn: int, encrypted: bool, write: bool) -> tuple[Window, int, bool]:
-        """(window, offset of the page in it, may it be entered writable) for one access. Raises Refused."""
+        """(window, offset of the page in it, may it be stored to from now on without a further look) for one access.
+        Raises Refused.
+        """
         slot = self._slot(gfn, write)
         if slot.gmem is not None and slot.gmem.mappable:
             return self._in_gmem(gfn, slot, private=False)
@@ -96,12 +101,12 @@ class Physical:
 
     def words(self, gfn: int, encrypted: bool, wide: bool = True) -> memoryview:
         """A page of guest tables as 512 64-bit words (`wide`) or 1024 32-bit ones, to be read; `store_word` writes one."""
-        view = self._words.get((gfn, encrypted, wide))
+        view = self.tables.get((gfn, encrypted, wide))
         if view is None:
-            if len(self._words) >= _MAX_TABLES:
+            if len(self.tables) >= _MAX_TABLES:
                 self.flush()  # a guest with that many tables starts again with none
             view = self.page(gfn, encrypted, write=False).cast("Q" if wide else "I")
-            self._words[gfn, encrypted, wide] = view
+            self.tables[gfn, encrypted, wide] = view
             self.entered.add(gfn)  # shadow tables remember what stands here
         return view
 
@@ -147,7 +152,11 @@ class Physical:
         if window is None:
             size = slot.pages * PAGE
             window = self._add_window(slot.backing_key, size, self.memory.pointer(slot.hva, size))
-        return window, (gfn - slot.gfn) * PAGE, write
+        return (
+            window,
+            (gfn - slot.gfn) * PAGE,
+            write or (slot.dirty is None and not slot.readonly and slot.hva_of(gfn) // PAGE in self._writable),
+        )
 
     def _in_gmem(self, gfn: int, slot: Slot, private: bool) -> tuple[Window, int, bool]:
         file = slot.backing()
@@ -188,17 +197,24 @@ class Physical:
     def flush(self) -> None:
         """Every vCPU must drop its translations before it goes on."""
         self.generation += 1
-        self._words.clear()
+        self.flushed = self.generation
+        self.voids.clear()
+        self.tables.clear()
         self.entered.clear()
 
     def flush_range(self, gfn: int, pages: int) -> None:
-        """As `flush`, for a change that concerns [gfn, gfn+pages) only: nothing to do where no TLB knows a page of it.
-
-        Tables are read through cached views and not through a TLB: those are void in any case.
+        """As `flush`, for a change that concerns [gfn, gfn+pages) only: nothing to do where nobody knows a page of it, and
+        of a few pages the other translations stay. Tables are known by more than their own GFN.
         """
-        self._words.clear()
-        if self.entered.range_cardinality(gfn, gfn + pages):
+        if not self.entered.range_cardinality(gfn, gfn + pages):
+            return
+        few = pages <= _FEW_PAGES and len(self.voids) < _MAX_VOIDS
+        if not few or any(key[0] in range(gfn, gfn + pages) for key in self.tables):
             self.flush()
+            return
+        self.generation += 1
+        self.voids.append((self.generation, gfn, gfn + pages))
+        self.entered.remove_range(gfn, gfn + pages)
 
     def changed(self) -> None:
         """Slots, attributes or backings changed: translations are void, and what was known of the caller's memory
@@ -210,7 +226,7 @@ class Physical:
 
     def destroy(self) -> None:
         """Drop everything."""
-        self._words.clear()
+        self.tables.clear()
         self.windows.clear()
 
 
