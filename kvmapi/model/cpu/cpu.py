@@ -14,6 +14,7 @@ engine at each start.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,7 @@ from kvmapi.model.runpage import IMMEDIATE_EXIT, RunPage
 if TYPE_CHECKING:
     from kvmapi.model.irq.lapic import Lapic
 
+_AHEAD = 1024  # more than the instructions of a block
 KICKED = 1 << 20  # no errno and no KVM_RUN result: the engine lock or the vCPU is wanted elsewhere
 _UD = 6
 _INVALID_STATE = 0xFFFFFFFF  # SVM's exit code for a guest state that it refuses
@@ -146,17 +148,6 @@ class Cpu:
             if self.kick[0] or self.page.memory[IMMEDIATE_EXIT]:
                 return KICKED  # a guest that is stopped again and again may never come to the next block
 
-    def run_until(self, linear: int) -> tuple[bool, int | None]:
-        """Run, but execute nothing at `linear`: (was there memory for all code on the way?, what `go` would return)."""
-        self.mmu.fault, self.event, self._stepped = None, -1, False
-        error = self.native.start_until(self.registers.rip, linear)
-        fault = self.mmu.fault
-        if self.mmu.fetching and isinstance(fault, Refused) and fault.kind == "mmio":
-            return False, None
-        if error == uc.UC_ERR_OK and fault is None and self.event < 0 and self.registers.linear_rip == linear:
-            return True, None
-        return True, self._stopped(error)
-
     def _attend(self) -> int | None:
         """Deliver events; while debugging, execute one instruction. KVM_RUN's result, KICKED, or None."""
         debug = self.debug
@@ -260,7 +251,40 @@ class Cpu:
         return self.after_step(self.step())
 
     # ---- refused accesses
+    def _looked_ahead(self) -> bool:
+        """Did the engine, translating a block, run into a page that RIP may never reach?"""
+        if not self.mmu.fetching or self._stepped:
+            return False
+        return self.mmu.refused_page != self.registers.linear_rip & -PAGE
+
+    def _go_to_the_edge(self) -> int | None:
+        """Execute what lies before the page that cannot be fetched, one by one: an instruction that reaches into it ends in
+        the fault, and others are executed.
+        """
+        page = self.registers.linear_rip & -PAGE
+        for _ in range(_AHEAD):
+            rip = self.registers.linear_rip
+            if rip & -PAGE != page or self.kick[0] or self.page.memory[IMMEDIATE_EXIT]:
+                break
+            site = scan.find(self._code_here(), 1, self.registers.code_bits).get(0)
+            if site is not None:
+                return self.privileged.execute(site)
+            error = self.step()
+            if error != uc.UC_ERR_OK or self.mmu.fault is not None or self.event >= 0:
+                return self.after_step(error)
+        return None
+
+    def _code_here(self) -> bytes:
+        """Up to 15 bytes at RIP, as far as they can be fetched."""
+        rip = self.registers.linear_rip
+        for size in (scan.MAX_LENGTH, min(scan.MAX_LENGTH, PAGE - (rip & (PAGE - 1)))):
+            with contextlib.suppress(Fault, Refused):
+                return self.mmu.read_code(rip, size)
+        return b""
+
     def refused(self, why: Exception) -> int | None:
+        if self._looked_ahead():
+            return self._go_to_the_edge()
         if isinstance(why, Fault):
             if why.vector == PF_VECTOR:
                 why.address = self.fault_address()
@@ -296,12 +320,7 @@ class Cpu:
         tables = (self.registers.segment(number) for number in (GDT, LDT, TR, IDT))
         if not any(0 <= fault.address - table.base <= table.limit for table in tables):
             return False
-        try:
-            page_left = PAGE - (self.registers.linear_rip & (PAGE - 1))
-            code = self.mmu.read(self.registers.linear_rip, min(page_left, scan.MAX_LENGTH))
-        except (Fault, Refused):
-            return False
-        return scan.loads_descriptor(code, self.registers.code_bits)
+        return scan.loads_descriptor(self._code_here(), self.registers.code_bits)
 
     # ---- exceptions
     def _exception(self) -> int | None:

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 from unicorn import unicorn_const as uc
 
 from kvmapi.model.caller import PAGE
-from kvmapi.model.cpu import scan
 from kvmapi.model.cpu.mmu import SCRATCH_AT, Fault, UnsupportedMode
 from kvmapi.model.mem.physical import Refused
 
@@ -92,35 +91,10 @@ class MmioUnit:
     def begin(self, why: Refused) -> int | None:
         """An access found no memory: KVM_RUN's result, or None when the guest goes on in a handler."""
         cpu = self._cpu
-        va = cpu.fault_address()
-        if (va ^ cpu.registers.linear_rip) & -PAGE == 0 and not self._is_memory(va):
+        if cpu.mmu.fetching:  # KVM's emulator does not fetch from MMIO
             return cpu.internal_error(f"instruction fetch from {why.gpa:#x}, where there is no memory")
-        if cpu.mmu.fetching:
-            return self._fetch_across(why, (cpu.registers.linear_rip & -PAGE) + PAGE)
         self._current = Mmio(cpu, why.gpa)
         return self._go_on()
-
-    def _fetch_across(self, why: Refused, page: int) -> int | None:
-        """The engine looked ahead into a page without memory. Execute what lies before it; if an instruction is left that
-        begins there and ends in the page, the guest ends as with KVM, whose emulator does not fetch from MMIO.
-        """
-        cpu = self._cpu
-        result: int | None = None
-        for until in range(page, page - scan.MAX_LENGTH, -1):  # what is not the start of an instruction stops nothing
-            there, result = cpu.run_until(until)
-            if there:
-                break
-        cpu.code.flush()
-        if result is None and (not there or (until < page and cpu.registers.linear_rip == until)):
-            return cpu.internal_error(f"instruction fetch from {why.gpa:#x}, where there is no memory")
-        return result
-
-    def _is_memory(self, va: int) -> bool:
-        try:
-            self._cpu.mmu.read(va & -PAGE, 1)
-        except (Fault, Refused, UnsupportedMode):
-            return False
-        return True
 
     def _go_on(self) -> int | None:
         cpu, mmio = self._cpu, self._current

@@ -98,6 +98,7 @@ class Mmu:
         self.physical = physical
         self._on_fetch = on_fetch
         self.fetching = False  # what the access was for that `fault` tells of
+        self.refused_page = 0  # and of which guest-virtual page
         self.c_mask = 0  # 1 << C-bit in an encrypted guest
         self.max_phys_bits = 48
         self.fault: Exception | None = None
@@ -135,7 +136,7 @@ class Mmu:
                     break
                 self._drop_all()
         except Exception as why:  # nothing may be raised through the engine's C frames: the run loop sorts it out
-            self.fetching = kind == uc.UC_MEM_FETCH
+            self.fetching, self.refused_page = kind == uc.UC_MEM_FETCH, va
             self.fault = why
             return False
         return True

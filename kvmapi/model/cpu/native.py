@@ -73,6 +73,7 @@ CODE_BYTES = 64 << 20
 """Room for translated code. Not more: code further than 2 GiB from our stubs calls them by a slower way, and Unicorn's own
 choice of 1 GiB puts every second engine there."""
 
+_LONGEST = 15  # bytes of an instruction
 _CONTEXT_HEADER = 40  # of a saved context, before the copy of the CPU structure
 _ENGINE_BYTES, _OBJECT_BYTES = 4096, 1 << 17  # of the engine's structure and of its CPU object: where to search
 _MARK = 0x53_65_76_4D_4D_4D_4D_01
@@ -137,6 +138,7 @@ class Native:
         copy = self._copy_of_state()
         address = _locate_state(self.handle, copy)
         self.state = memoryview((ctypes.c_ubyte * len(copy)).from_address(address)).cast("B")
+        self._exits = (_u64 * _LONGEST)()
         self._scratch = ctypes.create_string_buffer(64)
         self._scratch_at = ctypes.addressof(self._scratch)
         self.control(uc.UC_CTL_TLB_TYPE, _int(uc.UC_TLB_VIRTUAL))
@@ -177,13 +179,14 @@ class Native:
         """
         return _start(self.handle, rip, 0, 0, count)
 
-    def start_until(self, rip: int, linear: int) -> int:
-        """The same, but neither execute nor look at what stands at the linear address `linear`."""
-        self.control(uc.UC_CTL_UC_USE_EXITS, _int(0))
-        try:
-            return _start(self.handle, rip, linear, 0, 0)
-        finally:
-            self.control(uc.UC_CTL_UC_USE_EXITS, _int(1))
+    def end_blocks_after(self, linear: int) -> None:
+        """Translate no further than the instruction at the linear address `linear`: whatever follows in its page is an
+        exit. (After a run the engine looks at the byte before each exit: none may be in another page.)
+        """
+        count = min(_LONGEST, mmap.PAGESIZE - linear % mmap.PAGESIZE)
+        for number in range(count):
+            self._exits[number] = linear + 1 + number
+        self.control(uc.UC_CTL_UC_EXITS, _ptr(ctypes.addressof(self._exits)), ctypes.c_size_t(count))
 
     def quieten(self, offset: int) -> None:
         """Do not look for stop requests after each memory access, which costs as much as the access: stop stubs leave by

@@ -61,7 +61,9 @@ class Shadows:
         return shadow
 
     def _drop(self, key: tuple[int, ...]) -> None:
-        self._room += len(self._kept.pop(key).pages)
+        pages = self._kept.pop(key).pages
+        self._room += len(pages)
+        pages.clear()  # what was noted by GFN must not find them again
 
     def remember(self, shadow: Shadow, va: int, mapping: Mapping, writable: bool, address: int, pointer: int) -> Page:
         """Keep what `va` was converted to. `writable`: its backing is ready for stores."""

@@ -68,6 +68,7 @@ class Stepper:
         self._generation = cpu.physical.generation
         if self._memory is not None:
             self._memory.drop_dead()
+        native.end_blocks_after(cpu.registers.linear_rip)  # a block may run into a page that the instruction does not
         native.flush_code()
         native.flush_tlb()
         self._copy(cpu.native.state, native.state)
@@ -117,7 +118,7 @@ class Stepper:
             slot.perms = uc.UC_PROT_READ | (uc.UC_PROT_EXEC if fetch else uc.UC_PROT_WRITE if write else 0)
             self._stored |= write
         except Exception as why:  # nothing may be raised through the engine's C frames
-            mmu.fetching = fetch
+            mmu.fetching, mmu.refused_page = fetch, va
             mmu.fault = why
             return False
         return True
