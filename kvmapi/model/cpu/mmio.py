@@ -1,7 +1,7 @@
 """MMIO: an instruction that touches an address without memory, run for its accesses only.
 
-There is no instruction decoder here. The instruction is executed by the engine, alone, with a scratch page standing
-for the missing memory and a hook that reports each access to it:
+A plain MOV is decoded (moves.py). There is no decoder for all the others: such an instruction is executed by the engine,
+alone, with a scratch page standing for the missing memory and a hook that reports each access to it:
 
 1. A first pass with the answers known so far (none at first). If it reads something unknown, the CPU is put back as
    it was and the read becomes a KVM_EXIT_MMIO; the VMM's answer joins the known ones and the pass is repeated.
@@ -21,13 +21,16 @@ from typing import TYPE_CHECKING
 from unicorn import unicorn_const as uc
 
 from kvmapi.model.caller import PAGE
+from kvmapi.model.cpu import layout, moves, scan
 from kvmapi.model.cpu.mmu import SCRATCH_AT, Fault, UnsupportedMode
 from kvmapi.model.mem.physical import Refused
 
 if TYPE_CHECKING:
     from kvmapi.model.cpu.cpu import Cpu
+    from kvmapi.model.cpu.moves import Move
 
 
+_TF = 1 << 8
 _GPA_AT, _DATA_AT, _LENGTH_AT = 32, 40, 48  # the mmio member of struct kvm_run
 
 
@@ -93,8 +96,33 @@ class MmioUnit:
         cpu = self._cpu
         if cpu.mmu.fetching:  # KVM's emulator does not fetch from MMIO
             return cpu.internal_error(f"instruction fetch from {why.gpa:#x}, where there is no memory")
+        registers = cpu.registers
+        move = moves.decode(cpu.code.bytes_at(registers.linear_rip, scan.MAX_LENGTH), registers.code_bits)
+        at = cpu.fault_address() & (PAGE - 1)
+        if move is not None and at + move.size <= PAGE and not cpu.debug.active and not registers.u64[layout.EFLAGS >> 3] & _TF:
+            return self._move(move, why.gpa & -PAGE | at)
         self._current = Mmio(cpu, why.gpa)
         return self._go_on()
+
+    def _move(self, move: Move, gpa: int) -> int | None:
+        """A plain MOV: no need to try it."""
+        cpu = self._cpu
+        if move.store:
+            data = moves.value(move, cpu.registers)
+            cpu.privileged.advance(move.length)
+            if cpu.device_write(gpa, data):
+                return None
+            return cpu.page.mmio(gpa, data, is_write=True)
+        answer = cpu.device_read(gpa, move.size)
+        if answer is None:
+            cpu.privileged.pending = lambda: self._moved(move, bytes(cpu.page.memory[_DATA_AT : _DATA_AT + move.size]))
+            return cpu.page.mmio(gpa, bytes(move.size), is_write=False)
+        self._moved(move, answer)
+        return None
+
+    def _moved(self, move: Move, data: bytes) -> None:
+        moves.load(move, self._cpu.registers, data)
+        self._cpu.privileged.advance(move.length)
 
     def _go_on(self) -> int | None:
         cpu, mmio = self._cpu, self._current
