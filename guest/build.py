@@ -24,7 +24,6 @@ from guest import catalogue
 
 HERE = pathlib.Path(__file__).parent
 LIBRARY = HERE / "lib"
-LINKER_SCRIPT = LIBRARY / "guest.ld"
 
 # fmt: off
 CFLAGS = [
@@ -36,6 +35,9 @@ LDFLAGS = [
     "-m", "elf_x86_64", "-nostdlib", "-static", "-no-pie", "--build-id=none", "-z", "max-page-size=0x1000",
     "-z", "noexecstack", "--fatal-warnings",
 ]
+# A Multiboot image begins in 32-bit protected mode and relies on nothing of ours.
+CFLAGS_32 = [flag for flag in CFLAGS if flag not in ("-mcmodel=small", "-mno-red-zone")] + ["-m32"]
+LDFLAGS_32 = ["elf_i386" if flag == "elf_x86_64" else flag for flag in LDFLAGS]
 # fmt: on
 
 # On Debian the prefixed name is the same program; on a host that is not x86 it is the cross compiler.
@@ -65,16 +67,34 @@ class Tools(NamedTuple):
     ld: str | None
 
 
+class Recipe(NamedTuple):
+    """What one guest is built from, and how. The build reads `sources` and nothing else, in an order that no file system decides."""
+
+    sources: list[pathlib.Path]
+    script: pathlib.Path
+    cflags: list[str]
+    ldflags: list[str]
+
+
+def recipe(guest: catalogue.Guest) -> Recipe:
+    """How `guest` is built: with the library of our contract, or alone, with the linker script beside its source."""
+    if guest.protocol == "multiboot":
+        script = guest.source.with_suffix(".ld")
+        return Recipe([script, guest.source.with_name(f"{guest.source.stem}_start.S"), guest.source], script, CFLAGS_32, LDFLAGS_32)
+    library = sorted(path for path in LIBRARY.iterdir() if path.suffix in (".c", ".S", ".h", ".ld"))
+    return Recipe([*library, guest.source], LIBRARY / "guest.ld", CFLAGS, LDFLAGS)
+
+
 def build(name: str) -> pathlib.Path:
-    """The ELF64 file of the bundled guest `name`, built now or before.
+    """The ELF file of the bundled guest `name`, built now or before.
 
     Raises KeyError (no such guest), ToolMissing, BuildError.
 
         >>> build("hello").name
         'hello.elf'
     """
-    sources = _sources(catalogue.find(name))
-    folder = cache_folder() / _key(sources)
+    how = recipe(catalogue.find(name))
+    folder = cache_folder() / _key(how)
     tools = Tools(_find(COMPILERS), _find(LINKERS))
     if tools.gcc is None or tools.ld is None:
         earlier = _any_build(folder, name)
@@ -83,7 +103,7 @@ def build(name: str) -> pathlib.Path:
         raise ToolMissing(name, "gcc" if tools.gcc is None else "ld")
     target = folder / _identity(tools.gcc, tools.ld) / f"{name}.elf"
     if not target.exists():
-        _build(name, [path for path in sources if path.suffix in (".c", ".S")], tools.gcc, tools.ld, target)
+        _build(name, how, tools.gcc, tools.ld, target)
     return target
 
 
@@ -94,14 +114,9 @@ def cache_folder() -> pathlib.Path:
     return root / "sevmm" / "guests"
 
 
-def _sources(guest: catalogue.Guest) -> list[pathlib.Path]:
-    """Everything the build reads, in an order that does not depend on the file system."""
-    return [*sorted(path for path in LIBRARY.iterdir() if path.suffix in (".c", ".S", ".h", ".ld")), guest.source]
-
-
-def _key(sources: list[pathlib.Path]) -> str:
-    digest = hashlib.sha256("\0".join([*CFLAGS, *LDFLAGS]).encode())
-    for path in sources:
+def _key(how: Recipe) -> str:
+    digest = hashlib.sha256("\0".join([*how.cflags, *how.ldflags]).encode())
+    for path in how.sources:
         content = path.read_bytes()
         digest.update(f"\0{path.name}\0{len(content)}\0".encode())
         digest.update(content)
@@ -127,15 +142,16 @@ def _any_build(folder: pathlib.Path, name: str) -> pathlib.Path | None:
     return found[-1] if found else None
 
 
-def _build(name: str, sources: list[pathlib.Path], gcc: str, ld: str, target: pathlib.Path) -> None:
+def _build(name: str, how: Recipe, gcc: str, ld: str, target: pathlib.Path) -> None:
+    sources = [path for path in how.sources if path.suffix in (".c", ".S")]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as scratch:
             # Debug information names sources relative to the package, whatever folder it was installed or built in.
             maps = [f"-ffile-prefix-map={HERE}=guest", f"-fdebug-prefix-map={scratch}=."]
-            _call(name, [gcc, *CFLAGS, *maps, f"-I{LIBRARY}", "-c", *map(str, sources)], scratch)
+            _call(name, [gcc, *how.cflags, *maps, f"-I{LIBRARY}", "-c", *map(str, sources)], scratch)
             objects = [f"{path.stem}.o" for path in sources]
-            _call(name, [ld, *LDFLAGS, "-T", str(LINKER_SCRIPT), "-o", "guest.elf", *objects], scratch)
+            _call(name, [ld, *how.ldflags, "-T", str(how.script), "-o", "guest.elf", *objects], scratch)
             os.replace(os.path.join(scratch, "guest.elf"), target)
     except OSError as error:
         raise BuildError(name, f"cannot build in {target.parent}: {error.strerror or error}") from error

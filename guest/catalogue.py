@@ -18,6 +18,8 @@ class Guest:
 
     `needs` holds "hypercall" where MAP_GPA_RANGE must exit to the VMM. `lazy_private` asks for a test area that has the
     PRIVATE attribute but no guest_memfd behind it, so that the first touch of each page is a memory fault exit.
+    `protocol` says which contract the image follows: "sevmm" (docs/seams.md, section 4) or "multiboot", which has a linker script
+    and start-up code of its own beside its source.
     `sample` marks guests that do not pass by design (they never end, or die) and exist for tests of the VMM.
 
         >>> find("private-memory").types
@@ -30,6 +32,7 @@ class Guest:
     needs: frozenset[str] = frozenset()
     lazy_private: bool = False
     sample: bool = False
+    protocol: str = "sevmm"
 
     @property
     def source(self) -> pathlib.Path:
@@ -57,6 +60,12 @@ GUESTS: tuple[Guest, ...] = (
         "what the guest writes into private memory stays as written and is not seen through a shared mapping",
         types=("sev", "sw-protected"),
         needs=frozenset({"hypercall"}),
+    ),
+    Guest(
+        "multiboot",
+        "a 32-bit Multiboot image finds what its contract promises (memory map, command line, CPUs) and reaches 64-bit mode by itself",
+        types=("plain",),
+        protocol="multiboot",
     ),
     Guest("spin", "a guest that never ends can be stopped", sample=True),
     Guest("crash", "an exception nobody expects ends the guest with one line and exit code 0x7f", sample=True),

@@ -159,18 +159,18 @@ def set_registers(regs: kvm_regs, entry: int, vcpu: int) -> None:
 
 def set_system_registers(sregs: kvm_sregs, vcpu: int, vcpus: int) -> None:
     """System registers of 64-bit mode, ring 0; what is not named here (APIC base, interrupts) stays as the kernel gave it."""
-    _segment(sregs.cs, 0x08, type=11, s=1, l=1)
+    set_segment(sregs.cs, 0x08, type=11, s=1, l=1)
     for data in (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss):
-        _segment(data, 0x10, type=3, s=1, db=1)
-    _segment(sregs.tr, 0x18 + 16 * vcpu, type=11, s=0, base=TSS + TSS_STRIDE * vcpu, limit=TSS_LIMIT)
-    _segment(sregs.ldt, 0, type=2, s=0, limit=0)
+        set_segment(data, 0x10, type=3, s=1, db=1)
+    set_segment(sregs.tr, 0x18 + 16 * vcpu, type=11, s=0, base=TSS + TSS_STRIDE * vcpu, limit=TSS_LIMIT)
+    set_segment(sregs.ldt, 0, type=2, s=0, limit=0)
     sregs.ldt.present, sregs.ldt.unusable = 0, 1
     sregs.gdt.base, sregs.gdt.limit = GDT, 0x18 + 16 * vcpus - 1
     sregs.idt.base, sregs.idt.limit = IDT, 16 * 256 - 1
     sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = _CR0, TABLES, _CR4, _EFER
 
 
-def _segment(
+def set_segment(
     segment: kvm_segment,
     selector: int,
     type: int,
@@ -180,6 +180,7 @@ def _segment(
     base: int = 0,
     limit: int = 0xFFFFFFFF,
 ) -> None:
+    """Fill one segment register, present and of ring 0; `limit` is in bytes, G follows from it."""
     segment.base, segment.limit, segment.selector, segment.type = base, limit, selector, type
     segment.present, segment.dpl, segment.s, segment.l, segment.db = 1, 0, s, l, db
     segment.g, segment.avl, segment.unusable = int(limit > 0xFFFFF), 0, 0

@@ -18,8 +18,10 @@ Invariants
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 PortHandler = Callable[[int, int, int, memoryview, bool], None]
 
@@ -33,6 +35,7 @@ BOUND_CALLS = 8192
 LSR_READY = 0x60  # transmitter holding register and shift register empty
 MMIO_REGISTERS = 8
 _LINE = 4096
+_PATIENCE = 0.2  # seconds
 
 
 class GuestStop(Exception):
@@ -46,6 +49,8 @@ class GuestStop(Exception):
 class Console:
     """The serial console: collects bytes, and hands them to `sink` line by line when there is one.
 
+    A guest that draws on a terminal ends no lines: what has waited for `_PATIENCE` goes out with the next byte, line or not.
+
     `text()` decodes what was kept as UTF-8, replacing what is not. `dropped` counts the bytes beyond the limit; the sink gets them all.
     """
 
@@ -55,6 +60,7 @@ class Console:
         self.limit = limit
         self._sink = sink
         self._line = bytearray()
+        self._since = 0.0
         self._lock = threading.Lock()
 
     def port(self, port: int, size: int, count: int, data: memoryview, out: bool) -> None:
@@ -107,8 +113,10 @@ class Console:
 
     def _feed(self, data: memoryview, sink: Callable[[bytes], None]) -> None:
         with self._lock:
+            if not self._line:
+                self._since = time.monotonic()
             self._line += data
-            if self._line[-1] != 10 and len(self._line) < _LINE:
+            if self._line[-1] != 10 and len(self._line) < _LINE and time.monotonic() - self._since < _PATIENCE:
                 return
             line, self._line = bytes(self._line), bytearray()
         sink(line)
@@ -203,15 +211,15 @@ class MmioRegisters:
         self.unknown = 0
         self._bytes = bytearray(8 * MMIO_REGISTERS)
 
-    def read(self, gpa: int, length: int) -> bytes:
-        """`length` bytes at `gpa`."""
+    def read(self, gpa: int, length: int, vcpu: int = 0) -> bytes:
+        """`length` bytes at `gpa`, the same for every vCPU."""
         at = gpa - self.base
         if not 0 <= at <= len(self._bytes) - length:
             self.unknown += 1
             return b"\xff" * length
         return bytes(self._bytes[at : at + length])
 
-    def write(self, gpa: int, data: bytes) -> None:
+    def write(self, gpa: int, data: bytes, vcpu: int = 0) -> None:
         """Remember `data` at `gpa`."""
         at = gpa - self.base
         if 0 <= at <= len(self._bytes) - len(data):
@@ -239,17 +247,32 @@ class MsrDevice:
         return True
 
 
-class Devices:
-    """All devices of one machine, wired to their ports."""
+class MmioDevice(Protocol):
+    """What answers MMIO exits. `unknown` counts the accesses that nobody answered."""
 
-    def __init__(self, mmio_base: int, msr: int, sink: Callable[[bytes], None] | None = None) -> None:
+    unknown: int
+
+    def read(self, gpa: int, length: int, vcpu: int = 0) -> bytes:
+        """`length` bytes at `gpa` as the vCPU with id `vcpu` sees them."""
+        ...
+
+    def write(self, gpa: int, data: bytes, vcpu: int = 0) -> None:
+        """`data` written at `gpa` by `vcpu`."""
+        ...
+
+
+class Devices:
+    """All devices of one machine, wired to their ports. `foreign`: without the console, which `vmm.pc` puts behind a whole serial port."""
+
+    def __init__(self, mmio_base: int, msr: int, sink: Callable[[bytes], None] | None = None, foreign: bool = False) -> None:
         self.console = Console(sink)
         self.stage = StageDevice()
-        self.mmio = MmioRegisters(mmio_base)
+        self.mmio: MmioDevice = MmioRegisters(mmio_base)
         self.msr = MsrDevice(msr)
         self.ports = PortBus()
-        self.ports.add(CONSOLE_PORT, self.console.port)
-        self.ports.add(CONSOLE_LSR, line_status)
+        if not foreign:
+            self.ports.add(CONSOLE_PORT, self.console.port)
+            self.ports.add(CONSOLE_LSR, line_status)
         self.ports.add(EXIT_PORT, ExitDevice().port)
         self.ports.add(ECHO_PORT, EchoDevice().port)
         self.ports.add(STAGE_PORT, self.stage.port)

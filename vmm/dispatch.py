@@ -55,9 +55,9 @@ class Dispatcher:
             case MemoryFault():
                 self._memory_fault(vcpu, exit)
             case Mmio(phys_addr=gpa, is_write=True, data=data):
-                self.devices.mmio.write(gpa, data)
+                self.devices.mmio.write(gpa, data, vcpu.id)
             case Mmio(phys_addr=gpa, length=length):
-                vcpu.answer_mmio(exit, self.devices.mmio.read(gpa, length))
+                vcpu.answer_mmio(exit, self.devices.mmio.read(gpa, length, vcpu.id))
             case Rdmsr(index=index):
                 value = self.devices.msr.read(index)
                 vcpu.answer_msr(value or 0, error=value is None)

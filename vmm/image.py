@@ -1,11 +1,17 @@
-"""Guest images: an ELF64 executable or a flat `.bin`, read into segments, an entry point and a symbol table.
+"""Guest images, read into segments, an entry point and a symbol table: ours, and the two kinds that others build.
+
+`load` looks at what a file holds: a Multiboot header makes it a Multiboot image (`vmm.multiboot`), the setup header of
+the Linux/x86 boot protocol a Linux image (`vmm.linux_boot`). Any other ELF64 executable, and any other file called
+`*.bin`, is a guest of our own contract (docs/seams.md §4), which this module reads itself. `Image.protocol` says how the
+guest expects to be started.
 
 The few ELF fields a loader needs are read with `struct`: importing pyelftools alone takes 30 ms, a tenth of the time a whole
 `sevmm run hello` may take. (Debug information is another matter and stays with pyelftools.)
 
-Invariants of an `Image`: every segment lies inside [0x100000, 0x100000 + 3 MiB) (docs/seams.md §4), segments do not share a page, the entry
-lies in a segment. Whatever is wrong with a file ends in `ImageError` with one sentence that names the file; a file is never trusted: each
-offset and count is checked against the file's length before it is used.
+Invariants of an `Image` of our own contract: every segment lies inside [0x100000, 0x100000 + 3 MiB), segments do not
+share a page, the entry lies in a segment. The other protocols' modules say what they allow. Whatever is wrong with a file
+ends in `ImageError` with one sentence that names the file; a file is never trusted: each offset and count is checked
+against the file's length before it is used.
 
 ELF: System V ABI, chapters 4 and 5; AMD64 supplement.
 """
@@ -31,6 +37,10 @@ _ET_EXEC, _EM_X86_64, _PT_LOAD, _PT_INTERP, _SHT_SYMTAB = 2, 62, 1, 3, 2
 _MACHINES = {3: "i386", 40: "ARM", 183: "AArch64", 243: "RISC-V", 21: "PowerPC64", 22: "S390"}
 
 
+SEVMM, MULTIBOOT, LINUX32, LINUX64 = "sevmm", "multiboot", "linux-32", "linux-64"
+"""How a guest is started: by our own contract, as Multiboot says, or at the 32-bit or 64-bit entry of the Linux/x86 boot protocol."""
+
+
 class ImageError(Exception):
     """A guest image cannot be used; the text is one sentence that names the file."""
 
@@ -51,23 +61,40 @@ class Segment:
 
 @dataclass(frozen=True)
 class Image:
-    """A loaded image: `path`, `entry` (GPA), segments in ascending order, symbols by name (GPA)."""
+    """A loaded image: `path`, `entry` (GPA), segments in ascending order, symbols by name (GPA), and the protocol that starts it.
+
+    `setup`: the setup header of a Linux image, as it goes into boot_params; empty for others. `room`: memory that the image
+    needs beyond its segments ends here (GPA; a Linux kernel says how much it needs to unpack itself), 0 where it says
+    nothing.
+    """
 
     path: str
     entry: int
     segments: tuple[Segment, ...]
     symbols: Mapping[str, int] = field(default_factory=dict)
+    protocol: str = SEVMM
+    setup: bytes = b""
+    room: int = 0
 
     @property
     def end(self) -> int:
-        """First GPA after the last segment."""
-        return self.segments[-1].end
+        """First GPA after everything that the image needs."""
+        return max(self.segments[-1].end, self.room)
 
 
 def load(path: str | os.PathLike[str]) -> Image:
-    """Read the image at `path`: ELF64 for x86-64, or a file called `*.bin` as flat code for 0x100000. Raises `ImageError`."""
+    """Read the image at `path`: Multiboot, Linux, ELF64 for x86-64, or a file called `*.bin` as flat code for 0x100000.
+
+    Raises `ImageError`.
+    """
+    from vmm import linux_boot, multiboot
+
     name = os.fspath(path)
     data = _read(name)
+    if multiboot.recognises(data):
+        return multiboot.load(name, data)
+    if linux_boot.recognises(data):
+        return linux_boot.load(name, data)
     if data[:4] == b"\x7fELF":
         return _Elf(name, data).image()
     if name.endswith(".bin"):
@@ -75,7 +102,7 @@ def load(path: str | os.PathLike[str]) -> Image:
             raise ImageError(f"{name}: the file is empty")
         _check_place(name, IMAGE_BASE, len(data))
         return Image(name, IMAGE_BASE, (Segment(IMAGE_BASE, len(data), data),))
-    raise ImageError(f"{name}: neither an ELF64 executable nor a flat image called *.bin")
+    raise ImageError(f"{name}: no ELF64 executable, Multiboot or Linux image, and no flat image called *.bin")
 
 
 def _read(name: str) -> bytes:

@@ -26,7 +26,7 @@ from vmm.conversion import Converter, MapOnly
 from vmm.devices import Devices
 from vmm.dispatch import Dispatcher
 from vmm.gpamap import GpaMap
-from vmm.image import Image
+from vmm.image import LINUX32, LINUX64, MULTIBOOT, SEVMM, Image
 from vmm.memory import GuestMemfdBacking, GuestMemory
 from vmm.rungs import TYPES, Unsupported
 from vmm.runloop import Handler, Outcome, RunLoop
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from kvmapi.host import Host
     from kvmapi.vcpu import Vcpu
     from kvmapi.vm import Vm
+    from vmm.foreign import Pc
     from vmm.launch import SevLaunch
     from vmm.report import LaunchReport
 
@@ -84,8 +85,25 @@ class MachineConfig:
             raise ConfigError(f"a launch policy means nothing to a VM of type {self.type}")
         if self.policy is not None and not 0 <= self.policy < 1 << 32:
             raise ConfigError(f"policy {self.policy:#x} does not fit 32 bits")
+        if self.image.protocol != SEVMM:
+            self._check_foreign()
         if self.lazy_private and self.type != "sw-protected":
             raise ConfigError(f"a test area that becomes shared by faults needs type sw-protected, not {self.type}")
+
+    def _check_foreign(self) -> None:
+        """A guest that was written for a PC."""
+        from vmm.linux_boot import command_line_limit
+
+        kind = "Multiboot" if self.image.protocol == MULTIBOOT else "Linux"
+        if self.type != "plain":
+            raise ConfigError(f"{self.image.path} is a {kind} image, which runs on type plain only, not on {self.type}")
+        low = boot.memory_layout(self.memory)[0][1]
+        if self.image.end > low:
+            raise ConfigError(
+                f"{self.image.path} needs memory up to {self.image.end:#x}: ask for --memory {-(-self.image.end >> 20)}M or more"
+            )
+        if self.image.protocol in (LINUX32, LINUX64) and len(self.arguments) > command_line_limit(self.image):
+            raise ConfigError(f"{self.image.path} takes a command line of at most {command_line_limit(self.image)} bytes")
 
 
 class Machine:
@@ -105,7 +123,8 @@ class Machine:
         self.config = config
         self.type = TYPES[config.type]
         self.map = GpaMap()
-        self.devices = Devices(boot.HOLE, boot.MSR, config.console)
+        self.pc = _pc(config)
+        self.devices = Devices(boot.HOLE, boot.MSR, config.console, foreign=self.pc is not None)
         self.launch: LaunchReport | None = None
         self.features = 0
         self.handlers: list[Handler] = []  # see every exit before the dispatcher; add to it before `run`
@@ -161,6 +180,10 @@ class Machine:
             sev = SevLaunch(self.host, vm, config.policy)
             self._stack.callback(sev.close)
         cpuid = system.supported_cpuid()
+        if self.pc is not None:
+            self.pc.add_controllers(vm)
+            self.pc.add_devices(self.devices, vm)
+            self.pc.adjust_cpuid(cpuid)
         self._enable_exits(vm, cpuid)
         self._add_memory()
         if sev is not None:
@@ -217,6 +240,9 @@ class Machine:
             vcpu = self._stack.enter_context(vm.create_vcpu(index))
             self.vcpus.append(vcpu)
             vcpu.set_cpuid2(_for_vcpu(cpuid, index, self.config.vcpus))
+            if self.pc is not None:
+                self.pc.start(vcpu, index)
+                continue
             sregs = vcpu.get_sregs()
             boot.set_system_registers(sregs, index, self.config.vcpus)
             vcpu.set_sregs(sregs)
@@ -225,8 +251,13 @@ class Machine:
             vcpu.set_regs(regs)
 
     def _load(self) -> dict[int, bytes]:
-        """Write image and boot pages; returns all pages the guest starts with, by GPA."""
+        """Write image and boot pages; returns all pages the guest starts with, by GPA (of a foreign guest: what was written)."""
         config = self.config
+        if self.pc is not None:
+            written = self.pc.pages()
+            for gpa, data in [*written.items(), *((segment.gpa, segment.data) for segment in config.image.segments)]:
+                self.memory.write(gpa, data)
+            return written
         info = boot.BootInfo(self.type, self.c_mask, config.memory, config.vcpus, self.features, config.arguments)
         pages = boot.pages(info, config.image.symbols)
         for segment in config.image.segments:
@@ -249,6 +280,15 @@ class Machine:
     def _make_test_area_lazy(self, vm: Vm) -> None:
         vm.set_memory_attributes(boot.TEST_AREA, boot.TEST_SIZE, kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE)
         self.map.set_range(boot.TEST_AREA, boot.TEST_SIZE, private=True)
+
+
+def _pc(config: MachineConfig) -> Pc | None:
+    """The PC around a foreign guest, None for one of our own contract, which does not pay for the import."""
+    if config.image.protocol == SEVMM:
+        return None
+    from vmm.foreign import Pc
+
+    return Pc(config.image, config.memory, config.vcpus, config.arguments)
 
 
 def _for_vcpu(cpuid: list[kvm_cpuid_entry2], index: int, count: int) -> list[kvm_cpuid_entry2]:

@@ -22,7 +22,7 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Measured:
-    """The value, whether the target is met (default: value <= target), and what else is worth keeping."""
+    """The value, whether the target is met (None: compare the value with it), and what else is worth keeping."""
 
     value: float
     ok: bool | None = None
@@ -31,13 +31,23 @@ class Measured:
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered measurement: `target` is the largest value that is good enough, in `unit`."""
+    """A registered measurement: `target`, in `unit`, is the largest value that is good enough, or with `at_least` the smallest."""
 
     name: str
     unit: str
     target: float
     story: str
     measure: Callable[[], Measured]
+    at_least: bool = False
+
+    @property
+    def bound(self) -> str:
+        """The sign between value and target."""
+        return ">=" if self.at_least else "<="
+
+    def good(self, value: float) -> bool:
+        """Is the target met?"""
+        return value >= self.target if self.at_least else value <= self.target
 
     def run(self) -> dict[str, Any]:
         """Measure, and give the entry's object in the JSON."""
@@ -56,19 +66,19 @@ class Entry:
             return {**result, "skipped": str(reason)}
         except Exception as error:  # one broken entry must not cost the others
             return {**result, "ok": False, "detail": {"error": f"{type(error).__name__}: {error}"}}
-        good = measured.value <= self.target if measured.ok is None else measured.ok
+        good = self.good(measured.value) if measured.ok is None else measured.ok
         return {**result, "value": round(measured.value, 4), "ok": good, "detail": measured.detail}
 
 
 ENTRIES: dict[str, Entry] = {}
 
 
-def entry(name: str, unit: str, target: float) -> Callable[[Callable[[], Measured]], Callable[[], Measured]]:
+def entry(name: str, unit: str, target: float, *, at_least: bool = False) -> Callable[[Callable[[], Measured]], Callable[[], Measured]]:
     """Register a function as the entry `name`; the first line of its docstring is its story in --list."""
 
     def register(measure: Callable[[], Measured]) -> Callable[[], Measured]:
         story = (measure.__doc__ or "").strip().splitlines()[0]
-        ENTRIES[name] = Entry(name, unit, target, story, measure)
+        ENTRIES[name] = Entry(name, unit, target, story, measure, at_least)
         return measure
 
     return register

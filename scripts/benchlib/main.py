@@ -11,7 +11,7 @@ import sys
 
 from benchlib.entry import ENTRIES, progress
 
-MODULES = ("exits", "model", "process", "gpamap", "cheap", "model_ioctls")
+MODULES = ("exits", "model", "process", "gpamap", "cheap", "model_ioctls", "speed", "misses", "threads")
 
 
 def main() -> int:
@@ -24,7 +24,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.list:
         for known in ENTRIES.values():
-            print(f"{known.name:<18} <= {known.target:g} {known.unit:<6} {known.story}")
+            print(f"{known.name:<18} {known.bound} {known.target:<4g} {known.unit:<6} {known.story}")
         return 0
     results = []
     for name in options.only or list(ENTRIES):
@@ -37,7 +37,7 @@ def main() -> int:
             progress(f"{name}: FAILED, {result['detail']['error']}")
         else:
             verdict = "ok" if result["ok"] else "MISSED"
-            progress(f"{name}: {result['value']:g} {result['unit']} (target {result['target']:g}) {verdict}")
+            progress(f"{name}: {result['value']:g} {result['unit']} (target {ENTRIES[name].bound} {result['target']:g}) {verdict}")
     machine = {"kernel": platform.release(), "python": platform.python_version(), "cpus": len(os.sched_getaffinity(0))}
     print(json.dumps({"machine": machine, "entries": results}, indent=2))
     return 1 if any(result["ok"] is False for result in results) else 0

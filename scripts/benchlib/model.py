@@ -28,7 +28,7 @@ def _model(code: Callable[[int], bytes], few: int, many: int, exit_name: str, ju
     return Measured(max(median(costs[type]) for type in judged), None, {**medians, "rounds": ROUNDS, "trips": many - few})
 
 
-@entry("model_out_us", "us", 12)
+@entry("model_out_us", "us", 6)
 def model_out() -> Measured:
     """OUT of one byte on the model, round trip of a guest without encryption."""
     return _model(tiny.out_loop, 1000, 21000, "IO", ("plain", "sw-protected"))

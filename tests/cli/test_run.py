@@ -66,6 +66,12 @@ def test_options_arrive(play: Play) -> None:
     assert (request.arguments, request.console) == ("pages=4", None)
 
 
+def test_append_is_another_name_for_arguments(play: Play) -> None:
+    seen = play(report())
+    cli.main(["run", "./memtest86+x64.bin", "--append", "console=ttyS0,115200 nosmp"])
+    assert seen[0].arguments == "console=ttyS0,115200 nosmp"
+
+
 def test_defaults_leave_the_choice_to_the_catalogue(play: Play) -> None:
     seen = play(report())
     cli.main(["run", "hello", "--timeout", "0"])

@@ -1,7 +1,7 @@
 """Exceptions reach the guest's IDT as the processor delivers them: vector, error code, frame, CR2; and go back.
 
-A paravirtual kernel (no SVM, no VMX) emulates or bounces what hardware delivers: what it lacks is skipped by that
-probe. MOV to CR0 and CR4 is executed by the model's engine without checks: `LACKS` says so.
+A paravirtual kernel (no SVM, no VMX) emulates or bounces what hardware delivers, and the lab's CPU has limits of its
+own: `LACKS` says which tests that is. Protected mode is in test_protected.py, rings in test_rings.py.
 """
 
 from __future__ import annotations

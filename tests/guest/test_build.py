@@ -15,6 +15,7 @@ from guest import build, catalogue
 from tests.conftest import PATIENCE
 
 NAMES = [guest.name for guest in catalogue.GUESTS]
+OUR_CONTRACT = [guest.name for guest in catalogue.GUESTS if guest.protocol == "sevmm"]
 
 
 @pytest.fixture
@@ -32,7 +33,19 @@ def no_tools(tmp_path: Path) -> str:
 
 
 @pytest.mark.gcc
-@pytest.mark.parametrize("name", NAMES)
+def test_the_multiboot_image_is_32_bit_and_has_its_header_where_loaders_look() -> None:
+    path = build.build("multiboot")
+    at = path.read_bytes()[:8192].find(bytes.fromhex("02b0ad1b"))
+    assert at % 4 == 0 and at > 0
+    with path.open("rb") as file:
+        image = ELFFile(file)
+        assert (image["e_ident"]["EI_CLASS"], image["e_machine"], image["e_type"]) == ("ELFCLASS32", "EM_386", "ET_EXEC")
+        first, *_ = image.iter_segments("PT_LOAD")
+        assert first["p_paddr"] <= image["e_entry"] < first["p_paddr"] + first["p_memsz"]
+
+
+@pytest.mark.gcc
+@pytest.mark.parametrize("name", OUR_CONTRACT)
 def test_image_keeps_the_contract(name: str) -> None:
     with build.build(name).open("rb") as file:
         image = ELFFile(file)

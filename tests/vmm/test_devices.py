@@ -1,7 +1,10 @@
 """Devices: each port answers as the contract says, and none keeps more than it may."""
 
+from types import SimpleNamespace
+
 import pytest
 
+import vmm.devices
 from vmm.devices import BOUND_CALLS, CONSOLE_PORT, Console, Devices, EchoDevice, ExitDevice, GuestStop, MmioRegisters, MsrDevice, PortBus
 
 
@@ -38,6 +41,24 @@ def test_a_sink_gets_lines_and_the_rest_at_the_end() -> None:
     console.flush()
     assert pieces == [b"one\n", b"two"]
     assert console.text() == "one\ntwo"
+
+
+def test_a_sink_need_not_wait_for_the_end_of_a_line_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(vmm.devices, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    pieces: list[bytes] = []
+    console = Console(pieces.append)
+    bus = PortBus()
+    bus.add(CONSOLE_PORT, console.port)
+    access(bus, CONSOLE_PORT, b"a")
+    now[0] += 0.1
+    access(bus, CONSOLE_PORT, b"b")
+    assert pieces == []
+    now[0] += 0.2
+    access(bus, CONSOLE_PORT, b"c")
+    assert pieces == [b"abc"]
+    access(bus, CONSOLE_PORT, b"d")
+    assert pieces == [b"abc"], "its own time has begun"
 
 
 @pytest.mark.parametrize("sink", [None, lambda data: None])

@@ -132,7 +132,7 @@ def test_a_console_that_breaks_stops_the_guest_and_passes_through(model_host: An
         ({"guest": "no-such-guest"}, "neither a bundled guest"),
         ({"guest": "./no/such.elf"}, "no such file"),
         ({"guest": "/"}, "is a directory"),
-        ({"guest": "/etc/passwd"}, "neither an ELF64"),
+        ({"guest": "/etc/passwd"}, "no ELF64 executable"),
         ({"memory": MIB}, "too little"),
         ({"memory": 20 * MIB + 1}, "2 MiB"),
         ({"vcpus": 0}, "1 to 64"),

@@ -28,6 +28,8 @@ examples:
   sevmm run hello --type plain --on kernel         this machine's /dev/kvm or nothing
   sevmm run private-memory --type sev --json       one JSON object on stdout
   sevmm run ./guest.elf --memory 256M --timeout 5
+  sevmm run x86/smptest.flat --vcpus 2             a Multiboot image, as kvm-unit-tests builds them
+  sevmm run ./memtest86+x64.bin --append "console=ttyS0,115200"
 
 exit status: the guest's own code; 4 this host cannot; 124 timeout; 2 usage; 70 the VMM failed; 130 interrupted"""
 
@@ -118,7 +120,7 @@ def _add_run(verbs: Any) -> None:
         return run_verb.run(options)
 
     parser = _verb(verbs, "run", run, "run one guest to its end and say what happened", _RUN_EXAMPLES)
-    guest = parser.add_argument("guest", metavar="GUEST", help="a bundled guest (see sevmm guests) or a path to an ELF64 image")
+    guest = parser.add_argument("guest", metavar="GUEST", help="a bundled guest (see sevmm guests) or a path: ELF64, Multiboot, bzImage")
     guest.complete = GUEST_COMPLETION  # type: ignore[attr-defined]  # shtab's convention
     add = parser.add_argument
     add("--type", choices=TYPES, help="VM type (default: the first one of the guest; plain for a path)")
@@ -128,7 +130,10 @@ def _add_run(verbs: Any) -> None:
     add("--vcpus", type=values.vcpus, default=1, metavar="N", help="number of vCPUs, 1 to 64 (default: 1)")
     add("--policy", type=values.policy, metavar="HEX", help="SEV policy (default: no debugging, no key sharing)")
     add("--timeout", type=values.timeout, default=60.0, metavar="S", help="seconds until the guest is stopped (default: 60; 0: no limit)")
-    add("--arguments", type=values.arguments, default="", metavar="TEXT", help="text that the guest finds in its boot information")
+    add(
+        "--arguments", "--append", type=values.arguments, default="", metavar="TEXT",
+        help="text that the guest finds in its boot information, or as its command line",
+    )  # fmt: skip
     add("--json", action="store_true", help="one JSON object on stdout instead of the guest's console and the summary")
 
 

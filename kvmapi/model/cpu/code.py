@@ -6,9 +6,16 @@ are only added while translations live: the engine bakes a hook into a block whe
 there before, and an address may mean another instruction in another address space; what stands there *now* is looked
 up at the stop.
 
-The engine sees stores of its own guest, not those of the VMM or of another vCPU. So before a vCPU goes on after
-others had their turn, the bytes of every code page are compared with what was scanned (0.3 µs a page), and any
-difference throws all translations away.
+Some bytes the engine must not even translate, because its code generator aborts at them (scan.fatal): those addresses
+are made exits.
+
+Who may change code:
+
+- *The guest.* The engine voids the blocks that a store overlaps, but by default looks at the first store to a page only:
+  a hook on the page that never fires (`hook_stores_at`) keeps it looking. A page that is stored to loses its executable
+  TLB entries, so that it is scanned again before anything new is translated from it (mmu.py).
+- *The VMM, another vCPU, the model itself.* Before a vCPU goes on after others had their turn, the bytes of every code
+  page are compared with what they were when it stopped (0.3 µs a page), and any difference throws all translations away.
 """
 
 from __future__ import annotations
@@ -28,37 +35,48 @@ _MAX_HOOKS = 20_000  # a guest that executes everywhere costs a flush, not memor
 _TAIL = scan.MAX_LENGTH - 1
 
 
+class Retranslate(Exception):
+    """Blocks that are translated already must not run: throw them away and start again. From inside the engine."""
+
+
 class CodePage:
     """One page of code at one virtual page, as it was scanned. `stops` are the offsets at which a sensitive instruction
     may start, in code of any width; `watches` those at which only IF, or the end of an NMI handler, is at stake.
     """
 
-    __slots__ = ("_flags", "_sites", "pointer", "secret", "stamp", "stops", "tail", "view", "watches")
+    __slots__ = ("_flags", "_sites", "fatal", "pointer", "secret", "seen", "stamp", "stops", "tail", "view", "watches")
 
-    def __init__(self, pointer: int, tail: bytes, secret: bool, flags: bool) -> None:
+    def __init__(self, va: int, pointer: int, tail: bytes, secret: bool, flags: bool) -> None:
         self.pointer = pointer
         self.secret = secret
         self.view = page_view(pointer)
         self.tail = tail
         self._flags = flags
         self._sites: dict[int, dict[int, Site]] = {}
-        found = [self.sites(bits) for bits in (64, 32, 16)]
+        self.fatal: set[int] = set()  # addresses that the engine must not translate
+        found = [self._scan(bits, va) for bits in (64, 32, 16)]
         kinds = {at: site.kind for sites in found for at, site in sites.items()}
         self.watches = frozenset(at for at, kind in kinds.items() if kind in scan.FLAG_KINDS)
         self.stops = frozenset(kinds.keys() - self.watches)
-        self.stamp = self._stamp()
+        self.stamp = self.seen = self._stamp()
 
     def sites(self, bits: int) -> dict[int, Site]:
         """The sensitive instructions by offset, in code of this width."""
-        found = self._sites.get(bits)
-        if found is None:
-            copy = bytearray(PAGE + len(self.tail))
-            with memoryview(copy) as target:  # a slice of the bytearray itself would be assigned through a second copy
-                target[:PAGE] = self.view
-                target[PAGE:] = self.tail
-            found = self._sites[bits] = scan.find(copy, PAGE, bits, self._flags)
-            copy[:] = bytes(len(copy))  # plaintext must not stay on the heap
+        return self._sites[bits]
+
+    def _scan(self, bits: int, va: int) -> dict[int, Site]:
+        copy = bytearray(PAGE + len(self.tail))
+        with memoryview(copy) as target:  # a slice of the bytearray itself would be assigned through a second copy
+            target[:PAGE] = self.view
+            target[PAGE:] = self.tail
+        found = self._sites[bits] = scan.find(copy, PAGE, bits, self._flags)
+        self.fatal.update(va + at for at in scan.fatal(copy, PAGE))
+        copy[:] = bytes(len(copy))  # plaintext must not stay on the heap
         return found
+
+    def look(self) -> None:
+        """What stands here now is the guest's own doing."""
+        self.seen = self._stamp()
 
     def _stamp(self) -> bytes | int:
         return zlib.crc32(self.view) if self.secret else bytes(self.view)
@@ -83,40 +101,68 @@ class CodeCache:
         self._watching = watching
         self._read = read  # guest-virtual bytes, for the tail in the next page
         self._pages: dict[int, CodePage] = {}  # by virtual page
+        self.pointers: dict[int, set[int]] = {}  # where our process sees a page -> its virtual pages
+        self._mixed: set[int] = set()  # virtual pages that are executed and stored to
+        self._fatal: set[int] = set()
         self._hooks: dict[int, int] = {}
+        self._store_hooks: list[int] = []
         self._overflow = False
+        self._flushing = False
+        self.stale = False  # a block may have been translated without a hook that it needs: `flush_blocks` before going on
 
-    def fetched(self, va: int, pointer: int) -> None:
-        """The engine is about to fetch from the page at `va`, which our process sees at `pointer`. May be called from
-        inside the engine.
+    def fetched(self, va: int, pointer: int, address: int) -> None:
+        """The engine is about to fetch from the page at `va`, which our process sees at `pointer`, and it at its physical
+        `address`. May be called from inside the engine. Raises Retranslate.
         """
+        if self._flushing:
+            return
         page = self._pages.get(va)
         if page is None or page.pointer != pointer or not page.current():
             tail = b""
             with contextlib.suppress(Exception):  # the next page may be anything: then no instruction continues there
                 tail = self._read(va + PAGE, _TAIL)
-            page = self._pages[va] = CodePage(pointer, tail, self.secret, self.watch_flags)
+            page = self._pages[va] = CodePage(va, pointer, tail, self.secret, self.watch_flags)
+            if pointer not in self.pointers:
+                self.pointers[pointer] = set()
+                self._store_hooks.append(self._native.hook_stores_at(address))
+            self.pointers[pointer].add(va)
+            known = va in self._hooks, va in self._fatal
             self._hook(va, page)
+            if (va in self._hooks, va in self._fatal) != known:
+                # A block may come from the page before: the engine looked for a hook here before it asked for the page.
+                self.stale = True
+                raise Retranslate
         before = self._pages.get(va - PAGE)
         if before is not None and before.tail != page.head():
             # An instruction may reach from the page before into this one, and was scanned without it.
-            self._pages[va - PAGE] = again = CodePage(before.pointer, page.head(), self.secret, self.watch_flags)
-            if again.stops - before.stops or again.watches - before.watches:
+            self._pages[va - PAGE] = again = CodePage(va - PAGE, before.pointer, page.head(), self.secret, self.watch_flags)
+            if again.stops - before.stops or again.watches - before.watches or again.fatal - before.fatal:
                 self._hook(va - PAGE, again)
-                self._native.flush_code()
+                self.stale = True
+                raise Retranslate
+
+    def stored(self, pointer: int) -> None:
+        """The guest may from now on store to a page of `pointers`: changes of it are its own doing."""
+        self._mixed |= self.pointers[pointer]
+
+    def _add(self, address: int, watch: bool) -> None:
+        native = self._native
+        self._hooks[address] = native.hook_watch_at(address, self._watching) if watch else native.hook_stop_at(address)
 
     def _hook(self, va: int, page: CodePage) -> None:
-        hooks, native = self._hooks, self._native
         for offset in page.stops:
-            if va + offset not in hooks:
-                hooks[va + offset] = native.hook_stop_at(va + offset)
+            if va + offset not in self._hooks:
+                self._add(va + offset, False)
         for address in self.breakpoints:
-            if address & -PAGE == va and address not in hooks:
-                hooks[address] = native.hook_stop_at(address)
+            if address & -PAGE == va and address not in self._hooks:
+                self._add(address, False)
         for offset in page.watches:
-            if va + offset not in hooks:
-                hooks[va + offset] = native.hook_watch_at(va + offset, self._watching)
-        self._overflow = len(hooks) > _MAX_HOOKS
+            if va + offset not in self._hooks:
+                self._add(va + offset, True)
+        if not page.fatal <= self._fatal:
+            self._fatal |= page.fatal
+            self._native.set_exits(self._fatal)
+        self._overflow = len(self._hooks) + len(self._fatal) > _MAX_HOOKS
 
     def site(self, va: int, bits: int) -> Site | None:
         """The sensitive instruction at `va` in code of this width, if the code there is what was scanned."""
@@ -124,16 +170,27 @@ class CodeCache:
         return page.sites(bits).get(va & (PAGE - 1)) if page is not None else None
 
     def bytes_at(self, va: int, size: int) -> bytes:
-        """Up to `size` bytes of code at `va`, as scanned; nothing if that page was not."""
+        """Up to `size` bytes of code at `va`, as far as pages were scanned."""
         page = self._pages.get(va & -PAGE)
         if page is None:
             return b""
         at = va & (PAGE - 1)
-        return bytes(page.view[at : at + size]) + page.tail[: max(0, at + size - PAGE)]
+        code = bytes(page.view[at : at + size])
+        if len(code) == size:
+            return code
+        after = self._pages.get((va & -PAGE) + PAGE)
+        return code + bytes((after.view if after is not None else page.tail)[: size - len(code)])
 
     def hooked(self, va: int) -> bool:
         """Would the engine stop at this address?"""
         return va in self._hooks
+
+    def look(self) -> None:
+        """The engine has stopped: what the guest made of mixed pages is its own doing."""
+        for va in self._mixed:
+            page = self._pages.get(va)
+            if page is not None:
+                page.look()
 
     def verify(self) -> None:
         """Someone else had a turn: throw translations away if any code page differs from what was scanned."""
@@ -141,16 +198,30 @@ class CodeCache:
             self.flush()
             return
         for page in self._pages.values():  # at every entry: `current` without its calls
-            if (zlib.crc32(page.view) if page.secret else bytes(page.view)) != page.stamp:
+            if (zlib.crc32(page.view) if page.secret else bytes(page.view)) != page.seen:
                 self.flush()
                 return
 
+    def flush_blocks(self) -> None:
+        """Translate everything again, with the hooks that are there now. Not from inside the engine."""
+        self.stale = False
+        self._native.flush_code()
+
     def flush(self) -> None:
         """Forget every page, hook and translated block. Not from inside the engine."""
-        for handle in self._hooks.values():
-            self._native.unhook(handle)
-        self._hooks.clear()
+        hooks, self._hooks, self._flushing = self._hooks, {}, True  # taking a hook away makes the engine fetch where it was
+        try:
+            for handle in (*hooks.values(), *self._store_hooks):
+                self._native.unhook(handle)
+            if self._fatal:
+                self._native.set_exits(())
+        finally:
+            self._flushing = False
         self._pages.clear()
-        self._overflow = False
+        self.pointers.clear()
+        self._mixed.clear()
+        self._store_hooks.clear()
+        self._fatal.clear()
+        self._overflow = self.stale = False
         self._native.flush_code()
         self._native.flush_tlb()

@@ -22,18 +22,18 @@ from unicorn import unicorn_const as uc
 
 from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE
-from kvmapi.model.cpu import inject, layout, scan
-from kvmapi.model.cpu.code import CodeCache
+from kvmapi.model.cpu import inject, layout, operands, scan
+from kvmapi.model.cpu.code import CodeCache, Retranslate
 from kvmapi.model.cpu.cpuid import Table
 from kvmapi.model.cpu.debug import BP_VECTOR, DB_VECTOR, GuestDebug
 from kvmapi.model.cpu.events import Events
 from kvmapi.model.cpu.mmio import MmioUnit, scratch_page
-from kvmapi.model.cpu.mmu import PF_VECTOR, Fault, Mmu, UnsupportedMode
+from kvmapi.model.cpu.mmu import GP_VECTOR, PF_VECTOR, Fault, Mmu, UnsupportedMode
 from kvmapi.model.cpu.msrs import Msrs
 from kvmapi.model.cpu.native import Native, TlbFill
-from kvmapi.model.cpu.paging import PF_P, PF_U
+from kvmapi.model.cpu.paging import CR4_SMAP, PF_P, PF_U
 from kvmapi.model.cpu.privileged import ExitPolicy, Privileged
-from kvmapi.model.cpu.state import GDT, IDT, LDT, TR, Registers
+from kvmapi.model.cpu.state import GDT, IDT, LDT, RFLAGS_AC, TR, Registers
 from kvmapi.model.cpu.step import Stepper, Watch
 from kvmapi.model.mem.physical import EncryptedPhysical, Physical, Refused
 from kvmapi.model.runpage import IMMEDIATE_EXIT, RunPage
@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 _AHEAD = 1024  # more than the instructions of a block
 KICKED = 1 << 20  # no errno and no KVM_RUN result: the engine lock or the vCPU is wanted elsewhere
-_UD = 6
+_UD, _SS = 6, 12
+_CLAC, _STAC, _RDPMC = b"\x0f\x01\xca", b"\x0f\x01\xcb", b"\x0f\x33"
 _INVALID_STATE = 0xFFFFFFFF  # SVM's exit code for a guest state that it refuses
 _RF = 1 << 16
 _HYPERCALLS = (b"\x0f\x01\xc1", b"\x0f\x01\xd9")  # vmcall, vmmcall: KVM accepts either (it patches the wrong one)
@@ -60,13 +61,13 @@ class Cpu:
         self.physical = physical
         self._scratch_page, self.scratch_address = scratch_page()
         self.scratch = memoryview(self._scratch_page)
-        self.mmu = Mmu(self.native, self.where, physical, self.scratch_address, self._fetched)
-        self.stepper = Stepper(self)
         self.kick = page.kick
         self.native.hook_kick(page.address + IMMEDIATE_EXIT)
         self.native.quieten(self.where.quiet)
         self.watching = (ctypes.c_uint32 * 1)()  # element 0: STI, POPF and IRET stop the engine
-        self.code = CodeCache(self.native, self.watching, self.mmu.read)
+        self.code = CodeCache(self.native, self.watching, self._read_code)
+        self.mmu = Mmu(self.native, self.where, physical, self.scratch_address, self.code, self._fetched)
+        self.stepper = Stepper(self)
         self.cpuid = Table([])
         self.msrs = Msrs(self.registers, bootstrap=index == 0)
         self.privileged = Privileged(self, policy)
@@ -123,9 +124,14 @@ class Cpu:
         self.event = number
         self.native.stop()
 
-    def _fetched(self, va: int, gfn: int, pointer: int) -> None:
+    def _read_code(self, va: int, size: int) -> bytes:
+        return self.mmu.read(va, size)
+
+    def _fetched(self, va: int, gfn: int, pointer: int, address: int) -> None:
+        if self.physical.code_generation != self._code_generation:  # a frame with code was given up just now
+            raise Retranslate
         self.code.secret = self.mmu.c_mask != 0
-        self.code.fetched(va, pointer)
+        self.code.fetched(va, pointer, address)
         if isinstance(self.physical, EncryptedPhysical):
             self.physical.executed(gfn)
 
@@ -142,6 +148,7 @@ class Cpu:
                     continue
             self.mmu.fault, self.event, self._stepped = None, -1, False
             error = self.native.start(self.registers.rip)
+            self.code.look()
             result = self._stopped(error)
             if result is not None:
                 return result
@@ -179,10 +186,17 @@ class Cpu:
         steps and the like. The parameters are Stepper's.
         """
         self.mmu.fault, self.event = None, -1
+        code, bits = self._code_here(), self.registers.code_bits
+        if scan.aborts(code, 0, bits):
+            self.event = _UD
+            return uc.UC_ERR_OK
+        shadow = not self.events.in_shadow() and scan.casts_shadow(code, bits)
         error = self.stepper.run(watch, system=system)
         self._stepped = True
         if self.mmu.fault is None:
             self.stepper.commit(flush=flush)
+            if shadow and error == uc.UC_ERR_OK and self.event < 0:
+                self.events.set_shadow(True)  # the way in which the stepper ends an instruction loses it
         return error
 
     def try_step(self, watch: Watch, scratch_gpa: int) -> None:
@@ -232,8 +246,10 @@ class Cpu:
                 return self.privileged.execute(site)
             if self.kick[0] or self.page.memory[IMMEDIATE_EXIT]:
                 return KICKED
-            if self.code.hooked(rip):  # hooked for what stood here before: forget, and scan again
-                self.code.flush()
+            if code.stale:
+                code.flush_blocks()
+            elif code.hooked(rip):  # for what stood here before, or for code of another width
+                return self.after_step(self.step())
             return None
         if error in (uc.UC_ERR_INSN_INVALID, uc.UC_ERR_EXCEPTION):
             return self._invalid_opcode()
@@ -283,6 +299,10 @@ class Cpu:
         return b""
 
     def refused(self, why: Exception) -> int | None:
+        if isinstance(why, Retranslate):
+            if self.code.stale:
+                self.code.flush_blocks()
+            return None
         if self._looked_ahead():
             return self._go_to_the_edge()
         if isinstance(why, Fault):
@@ -290,6 +310,8 @@ class Cpu:
                 why.address = self.fault_address()
                 if self._reads_descriptors(why):
                     return self.after_step(self.step(flush=False, system=True))
+            elif why.vector == GP_VECTOR and not self.mmu.fetching and self._through_stack():
+                why.vector = _SS
             return self.raise_in_guest(why.vector, why.error, why.address)
         if isinstance(why, Refused):
             if why.kind == "mmio":
@@ -322,6 +344,10 @@ class Cpu:
             return False
         return scan.loads_descriptor(self._code_here(), self.registers.code_bits)
 
+    def _through_stack(self) -> bool:
+        """Was the refused address, which is not canonical, of the stack segment?"""
+        return self.registers.long_mode and operands.through_stack(self._code_here(), self.fault_address(), self.registers.gpr(4))
+
     # ---- exceptions
     def _exception(self) -> int | None:
         vector = self.event
@@ -336,7 +362,17 @@ class Cpu:
         return self.raise_in_guest(vector, error & 0xFFFF, software=software)
 
     def _invalid_opcode(self) -> int | None:
-        code = self.code.bytes_at(self.registers.linear_rip, 4)
+        registers, is_int = self.registers, self.where.error_code + 4
+        if registers.u32[is_int >> 2]:  # INT 6
+            registers.rip, registers.u32[is_int >> 2] = registers.u64[is_int + 4 >> 3], 0
+            return self.raise_in_guest(_UD, None, software=True)
+        code = self.code.bytes_at(registers.linear_rip, 4)
+        if code[:3] in (_CLAC, _STAC) and self.cpuid.cr4_valid & CR4_SMAP and not registers.cpl:
+            registers.set_flags(self.native.flags() & ~RFLAGS_AC | (RFLAGS_AC if code[:3] == _STAC else 0))
+            self.privileged.advance(3)
+            return None
+        if code[:2] == _RDPMC:  # there are no counters
+            return self.raise_in_guest(GP_VECTOR, 0)
         prefix = 1 if code[:1] in (b"\xf3", b"\xf2", b"\x66") else 0
         if code[prefix : prefix + 3] in _HYPERCALLS:
             return self.privileged.hypercall(prefix + 3)

@@ -18,8 +18,8 @@
 7. *The initial state without tables.* With paging off, an address space has no entries to check: the same path, with
    addresses that are physical.
 
-Writable and executable never meet in one TLB entry: a page fetched is entered without W and scanned (scan.py), a page
-stored to is entered without X, so that code written later is scanned before it runs. Tables of an encrypted guest are
+A page fetched is entered without W and scanned (scan.py), a page stored to is entered without X, so that code written
+later is scanned before it runs; that holds for a page under all its addresses. Tables of an encrypted guest are
 read decrypted whatever their entries' C-bits say, as the hardware reads them. A secure page is reached only by an
 access whose C-bit or attribute says private: `Physical.locate` has the one rule for each kind of VM.
 """
@@ -35,9 +35,10 @@ from kvmapi.model.caller import PAGE
 from kvmapi.model.cpu import layout
 from kvmapi.model.cpu.native import TlbEntry
 from kvmapi.model.cpu.paging import GP_VECTOR, PF_VECTOR, Fault, Paging
-from kvmapi.model.cpu.shadow import AC, USER, WRITE, Shadows
+from kvmapi.model.cpu.shadow import Shadows
 
 if TYPE_CHECKING:
+    from kvmapi.model.cpu.code import CodeCache
     from kvmapi.model.cpu.layout import Layout
     from kvmapi.model.cpu.native import Native
     from kvmapi.model.mem.physical import Physical, Window
@@ -46,6 +47,7 @@ __all__ = ["GP_VECTOR", "PF_VECTOR", "SCRATCH_AT", "EngineMemory", "Fault", "Mmu
 
 SCRATCH_AT = 0x10000  # engine-physical; the windows of guest memory begin at 1 GiB
 _READ_WRITE, _READ_EXECUTE = uc.UC_PROT_READ | uc.UC_PROT_WRITE, uc.UC_PROT_READ | uc.UC_PROT_EXEC
+_MAX_STORES = 1 << 16
 _AC_SHIFT = 18 - 3  # RFLAGS.AC to shadow.AC
 _AC = 1 << 18
 _HFLAGS, _EFLAGS = layout.HFLAGS >> 2, layout.EFLAGS >> 3
@@ -89,8 +91,17 @@ class UnsupportedMode(Exception):
 class Mmu:
     """Address translation of one vCPU. CR0, CR3, CR4, EFER, CPL and AC are read where the engine keeps them."""
 
-    def __init__(self, native: Native, where: Layout, physical: Physical, scratch: int, on_fetch: Callable[[int, int, int], None]) -> None:
+    def __init__(
+        self,
+        native: Native,
+        where: Layout,
+        physical: Physical,
+        scratch: int,
+        code: CodeCache,
+        on_fetch: Callable[[int, int, int, int], None],
+    ) -> None:
         self._native = native
+        self._code = code
         self._memory = EngineMemory(native, physical, scratch)
         self._u32 = native.state[: len(native.state) & -4].cast("I")
         self._u64 = native.state[: len(native.state) & -8].cast("Q")
@@ -105,6 +116,7 @@ class Mmu:
         self.generation = -1  # of `physical`, at the last flush
         self._shadows = Shadows()
         self._shadow = self._shadows.switch(0, 0, 0, 0, 0, self.max_phys_bits)
+        self._stores: set[int] = set()  # pages, as our process sees them, that some TLB entry may let the guest store to unseen
         self._slots: dict[int, TlbEntry] = {}  # views of where the engine wants the answer
 
     # ---- 1. look-up on fault
@@ -125,9 +137,11 @@ class Mmu:
                     slot.paddr = address
                     if kind != uc.UC_MEM_FETCH:
                         slot.perms = _READ_WRITE if allowed >> (access & ~3 | 1) & 1 else uc.UC_PROT_READ
+                        if slot.perms == _READ_WRITE:
+                            self._stored(pointer)
                     else:
                         slot.perms = _READ_EXECUTE if allowed >> (access & ~3) & 1 else uc.UC_PROT_EXEC
-                        self._on_fetch(va, gfn, pointer)
+                        self._fetched(va, gfn, pointer, address)
                     if self.physical.generation == self.generation:
                         return True
             for _ in range(_ATTEMPTS):
@@ -164,13 +178,29 @@ class Mmu:
             # Code may be where loads are refused (SMAP) or see something else (the C-bit clear).
             readable = not mapping.code_only and shadow.paging.allows(mapping.rights, False, False, user, ac)
             slot.perms = _READ_EXECUTE if readable else uc.UC_PROT_EXEC
-            self._on_fetch(va, mapping.gfn, pointer)
+            self._fetched(va, mapping.gfn, pointer, address)
+        elif storable and mapping.dirty and shadow.paging.allows(mapping.rights, True, False, user, ac):
+            slot.perms = _READ_WRITE
+            self._stored(pointer)
         else:
-            slot.perms = _READ_WRITE if storable and mapping.dirty and write else uc.UC_PROT_READ
+            slot.perms = uc.UC_PROT_READ
         if physical.generation == before:
-            page = self._shadows.remember(self._shadow, va, mapping, storable, address, pointer)
-            if not fetch and page[13] >> (WRITE | (USER if user else 0) | (AC if ac else 0)) & 1:
-                slot.perms = _READ_WRITE
+            self._shadows.remember(self._shadow, va, mapping, storable, address, pointer)
+
+    # Writable and executable entries never stand in the TLB for one page, whatever addresses it has.
+    def _stored(self, pointer: int) -> None:
+        """A writable entry is about to be made."""
+        if pointer in self._code.pointers:
+            self._native.flush_tlb()
+            self._code.stored(pointer)
+        self._stores.add(pointer)
+
+    def _fetched(self, va: int, gfn: int, pointer: int, address: int) -> None:
+        """An executable entry is about to be made."""
+        if pointer in self._stores or len(self._stores) > _MAX_STORES:
+            self._native.flush_tlb()
+            self._stores.clear()
+        self._on_fetch(va, gfn, pointer, address)
 
     def _drop_all(self) -> None:
         """From inside the engine: an alias of some page was given up, and nothing older may survive."""

@@ -21,6 +21,7 @@ SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP = 0x174, 0x175, 0x176
 EFER, STAR, LSTAR, CSTAR, SFMASK = 0xC0000080, 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084
 FS_BASE, GS_BASE, KERNEL_GS_BASE, TSC_AUX = 0xC0000100, 0xC0000101, 0xC0000102, 0xC0000103
 SEV_STATUS = 0xC0010131
+_K7_COUNTERS = range(0xC0010000, 0xC0010008)
 TSC_DEADLINE, _X2APIC = 0x6E0, range(0x800, 0x900)
 _EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
 _CANONICAL = frozenset((LSTAR, CSTAR, FS_BASE, GS_BASE, KERNEL_GS_BASE))
@@ -82,6 +83,7 @@ class Msrs:
             MISC_ENABLE: 1 << 11 | 1 << 12,  # no BTS, no PEBS
             MTRR_CAP: 0x508,
             MTRR_DEF: 0,
+            **dict.fromkeys(_K7_COUNTERS, 0),  # KVM takes them without a PMU: guests of 2000 write to them
             **dict.fromkeys(IN_ENGINE, 0),
         }
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import unicorn.unicorn_const as uc
 from unicorn.unicorn_py3 import unicorn as _binding
@@ -138,7 +138,6 @@ class Native:
         copy = self._copy_of_state()
         address = _locate_state(self.handle, copy)
         self.state = memoryview((ctypes.c_ubyte * len(copy)).from_address(address)).cast("B")
-        self._exits = (_u64 * _LONGEST)()
         self._scratch = ctypes.create_string_buffer(64)
         self._scratch_at = ctypes.addressof(self._scratch)
         self.control(uc.UC_CTL_TLB_TYPE, _int(uc.UC_TLB_VIRTUAL))
@@ -183,10 +182,7 @@ class Native:
         """Translate no further than the instruction at the linear address `linear`: whatever follows in its page is an
         exit. (After a run the engine looks at the byte before each exit: none may be in another page.)
         """
-        count = min(_LONGEST, mmap.PAGESIZE - linear % mmap.PAGESIZE)
-        for number in range(count):
-            self._exits[number] = linear + 1 + number
-        self.control(uc.UC_CTL_UC_EXITS, _ptr(ctypes.addressof(self._exits)), ctypes.c_size_t(count))
+        self.set_exits(range(linear + 1, linear + 1 + min(_LONGEST, mmap.PAGESIZE - linear % mmap.PAGESIZE)))
 
     def quieten(self, offset: int) -> None:
         """Do not look for stop requests after each memory access, which costs as much as the access: stop stubs leave by
@@ -279,6 +275,17 @@ class Native:
     def hook_kick(self, address: int) -> None:
         """Stop at the next block whenever one of the two bytes at `address` is not zero."""
         self._hook(uc.UC_HOOK_BLOCK, _ptr(stubs().kick), address, 1, 0)
+
+    def hook_stores_at(self, address: int) -> int:
+        """Keep the engine looking at every store to the page at its physical `address`, not only at the first one: it does
+        where any memory hook is, and this one never fires.
+        """
+        return self._hook(uc.UC_HOOK_MEM_FETCH_UNMAPPED, _ptr(stubs().stop), 0, address, address + mmap.PAGESIZE - 1)
+
+    def set_exits(self, addresses: Collection[int]) -> None:
+        """Stop before these linear addresses, and do not translate what stands there."""
+        exits = (_u64 * max(1, len(addresses)))(*addresses)
+        self.control(uc.UC_CTL_UC_EXITS, _ptr(ctypes.addressof(exits)), ctypes.c_size_t(len(addresses)))
 
     def unhook(self, handle: int) -> None:
         _hook_del(self.handle, handle)

@@ -60,7 +60,7 @@ class Paging:
     def __init__(self, cr0: int, cr3: int, cr4: int, efer: int, c_mask: int, phys_bits: int) -> None:
         self.on = bool(cr0 & CR0_PG)
         self.write_protect = bool(cr0 & CR0_WP)
-        self.smep, self.smap = bool(cr4 & CR4_SMEP), bool(cr4 & CR4_SMAP)
+        self.smep, self.smap = self.on and bool(cr4 & CR4_SMEP), self.on and bool(cr4 & CR4_SMAP)
         self.long = bool(efer & EFER_LMA)
         self.wide = self.long or bool(cr4 & CR4_PAE)
         self.no_execute = self.wide and bool(efer & EFER_NXE)

@@ -20,7 +20,7 @@ F_TYPE_SHIFT, F_S, F_DPL_SHIFT, F_P, F_AVL, F_L, F_DB, F_G = 8, 1 << 12, 13, 1 <
 CR0_PE, CR0_MP, CR0_EM, CR0_TS = 1, 2, 4, 8
 CR4_OSFXSR, CR4_SMAP = 1 << 9, 1 << 21
 EFER_LMA = 1 << 10
-RFLAGS_VM = 1 << 17
+RFLAGS_VM, RFLAGS_AC = 1 << 17, 1 << 18
 MAX_PHYS_BITS = 48
 
 
@@ -118,7 +118,7 @@ class Registers:
         code, stack = self.segment(CS), self.segment(SS)
         flags = self.u32[layout.HFLAGS >> 2] & layout.HF_KEEP
         protected = cr0 & CR0_PE
-        virtual_8086 = bool(self.u64[layout.EFLAGS >> 3] & RFLAGS_VM)
+        virtual_8086 = bool(self.u64[layout.EFLAGS >> 3] & RFLAGS_VM) and not self.efer & EFER_LMA
         if protected:
             flags |= layout.HF_PE | (3 if virtual_8086 else stack.flags >> F_DPL_SHIFT & 3)
         for bit, flag in ((CR0_MP, layout.HF_MP), (CR0_EM, layout.HF_EM), (CR0_TS, layout.HF_TS)):
