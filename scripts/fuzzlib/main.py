@@ -24,6 +24,10 @@ _ENVIRONMENT = {**os.environ, "MALLOC_ARENA_MAX": "1"}  # with an arena per thre
 
 def main() -> int:
     """Exit status 0 when nothing was found, 1 when something was, 2 usage."""
+    if sys.argv[1:2] == ["snippets"]:
+        from fuzzlib import snippets
+
+        return snippets.main(sys.argv[2:])
     options = _parser().parse_args()
     plan = Plan(options.calls, options.seed, options.threads, options.seconds)
     if options.child:
@@ -44,7 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fuzz",
         description="Any ioctl, any argument, any fd, in any order, from several threads, against the model. JSON on stdout.",
-        epilog="One thread and one seed make the same calls each time; with more, their order is the machine's.",
+        epilog="`fuzz snippets` is another subject: hostile code in guests (see fuzz snippets --help). "
+        "One thread and one seed make the same calls each time; with more, their order is the machine's.",
     )
     parser.add_argument("--calls", type=_positive, default=100_000, metavar="N", help="how many ioctls (100000)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="what the random choices begin with (1)")

@@ -1,8 +1,11 @@
-"""scripts/fuzz: one thread and one seed make the same calls, the log survives a crash and says what was called."""
+"""scripts/fuzz: one thread and one seed make the same calls, the log survives a crash and says what was called; of hostile snippets, that
+each ends, that a crash, a hang and an exception are findings with the command that repeats them.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import random
 import signal
 import sys
@@ -80,3 +83,67 @@ def test_a_crash_is_told_with_its_seed_and_calls(monkeypatch: pytest.MonkeyPatch
     said = capfd.readouterr()
     assert said.out == ""
     assert f"signal {int(signal.SIGSEGV)}" in said.err and "--seed 77" in said.err
+
+
+@pytest.mark.model
+def test_snippets(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """A short run: every mode had its turn, every KVM_RUN ended with a type or a kick, and nothing was found."""
+    assert run(monkeypatch, "snippets", "--count", "1500", "--seed", "3", "--processes", "2") == 0
+    summary = json.loads(capfd.readouterr().out)
+    assert summary["snippets"] == 1500 and summary["findings"] == []
+    assert set(summary["modes"]) == {"real", "protected", "paged", "pae", "long", "user", "compatible"}
+    assert {"HLT", "SHUTDOWN", "MMIO", "IO", "timeout"} <= set(summary["exits"])
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        ("os.abort()", "ends the process with status -6 in KVM_RUN"),
+        ("time.sleep(3600)", "hangs for 1 s in KVM_RUN"),
+        ("raise ValueError('not typed')", "ValueError: not typed"),
+    ],
+)
+def test_what_a_snippet_may_not_do_is_found(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], break_it: str, said: str
+) -> None:
+    """The third snippet does it in KVM_RUN: it is named, the others run all the same."""
+    from fuzzlib import snippets
+
+    broken = f"""
+import os, time
+from fuzzlib import hostile
+from kvmapi.vcpu import Vcpu
+one, run, number = hostile.Machine.one, Vcpu.run, [0]
+def _one(self, index):
+    number[0] = index
+    return one(self, index)
+def _run(self):
+    if number[0] == 2:
+        {break_it}
+    return run(self)
+hostile.Machine.one, Vcpu.run = _one, _run
+"""
+    monkeypatch.setattr(snippets, "_CHILD", snippets._CHILD.replace("from fuzzlib.snippets", f"exec({broken!r}); from fuzzlib.snippets"))
+    monkeypatch.setattr(snippets, "HANG", 1.0 if "sleep" in break_it else 30.0)
+    assert run(monkeypatch, "snippets", "--count", "6", "--seed", "3", "--processes", "1") == 1
+    captured = capfd.readouterr()
+    summary = json.loads(captured.out)
+    assert [finding["index"] for finding in summary["findings"]] == [2] and said in summary["findings"][0]["what"]
+    assert "--seed 3 --first 2 --count 1" in captured.err
+
+
+@pytest.mark.model
+def test_a_snippet_is_the_same_each_time() -> None:
+    """Seed and index make the code and the page tables."""
+    from fuzzlib import hostile
+
+    from kvmapi.model.host import ModelHost
+
+    seen = []
+    for _ in range(2):
+        machine = hostile.Machine(ModelHost(), 4, lambda *_: None)
+        machine._run = lambda *_: None  # what it begins with
+        seen.append([(machine.one(index), bytes(machine._memory)) for index in range(40) if index != 1])
+        machine.close()
+    assert seen[0] == seen[1] and len({memory for _, memory in seen[0]}) == len(seen[0])

@@ -6,7 +6,7 @@ are only added while translations live: the engine bakes a hook into a block whe
 there before, and an address may mean another instruction in another address space; what stands there *now* is looked
 up at the stop.
 
-Some bytes the engine must not even translate, because its code generator aborts at them (scan.fatal): those addresses
+Some bytes the engine must not even translate, because its code generator aborts at them (hazards.fatal): those addresses
 are made exits.
 
 Who may change code:
@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Callable
 
 from kvmapi.model.caller import PAGE
-from kvmapi.model.cpu import scan
+from kvmapi.model.cpu import hazards, scan
 from kvmapi.model.cpu.native import Native
 from kvmapi.model.cpu.scan import Site
 from kvmapi.model.mem.secure import page_view
@@ -56,7 +56,7 @@ class CodePage:
         self.fatal: set[int] = set()  # addresses that the engine must not translate
         found = [self._scan(bits, va) for bits in (64, 32, 16)]
         kinds = {at: site.kind for sites in found for at, site in sites.items()}
-        self.watches = frozenset(at for at, kind in kinds.items() if kind in scan.FLAG_KINDS)
+        self.watches = frozenset(at for at, kind in kinds.items() if kind in scan.WATCHED)
         self.stops = frozenset(kinds.keys() - self.watches)
         self.stamp = self.seen = self._stamp()
 
@@ -69,8 +69,8 @@ class CodePage:
         with memoryview(copy) as target:  # a slice of the bytearray itself would be assigned through a second copy
             target[:PAGE] = self.view
             target[PAGE:] = self.tail
-        found = self._sites[bits] = scan.find(copy, PAGE, bits, self._flags)
-        self.fatal.update(va + at for at in scan.fatal(copy, PAGE))
+        found = self._sites[bits] = hazards.find(copy, PAGE, bits, self._flags)
+        self.fatal.update(va + at for at in hazards.fatal(copy, PAGE))
         copy[:] = bytes(len(copy))  # plaintext must not stay on the heap
         return found
 

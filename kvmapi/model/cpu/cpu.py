@@ -22,7 +22,7 @@ from unicorn import unicorn_const as uc
 
 from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE
-from kvmapi.model.cpu import inject, layout, operands, scan
+from kvmapi.model.cpu import hazards, inject, layout, operands, scan
 from kvmapi.model.cpu.code import CodeCache, Retranslate
 from kvmapi.model.cpu.cpuid import Table
 from kvmapi.model.cpu.debug import BP_VECTOR, DB_VECTOR, GuestDebug
@@ -31,7 +31,7 @@ from kvmapi.model.cpu.mmio import MmioUnit, scratch_page
 from kvmapi.model.cpu.mmu import GP_VECTOR, PF_VECTOR, Fault, Mmu, UnsupportedMode
 from kvmapi.model.cpu.msrs import Msrs
 from kvmapi.model.cpu.native import Native, TlbFill
-from kvmapi.model.cpu.paging import CR4_SMAP, PF_P, PF_U
+from kvmapi.model.cpu.paging import CR4_SMAP, PF_P, PF_U, PF_W
 from kvmapi.model.cpu.privileged import ExitPolicy, Privileged
 from kvmapi.model.cpu.state import GDT, IDT, LDT, RFLAGS_AC, TR, Registers
 from kvmapi.model.cpu.step import Stepper, Watch
@@ -125,7 +125,7 @@ class Cpu:
         self.native.stop()
 
     def _read_code(self, va: int, size: int) -> bytes:
-        return self.mmu.read(va, size)
+        return self.mmu.read_code(va, size)
 
     def _fetched(self, va: int, gfn: int, pointer: int, address: int) -> None:
         if self.physical.code_generation != self._code_generation:  # a frame with code was given up just now
@@ -186,17 +186,13 @@ class Cpu:
         steps and the like. The parameters are Stepper's.
         """
         self.mmu.fault, self.event = None, -1
-        code, bits = self._code_here(), self.registers.code_bits
-        if scan.aborts(code, 0, bits):
+        if hazards.aborts(self._code_here(), 0, self.registers.code_bits):
             self.event = _UD
             return uc.UC_ERR_OK
-        shadow = not self.events.in_shadow() and scan.casts_shadow(code, bits)
         error = self.stepper.run(watch, system=system)
         self._stepped = True
         if self.mmu.fault is None:
             self.stepper.commit(flush=flush)
-            if shadow and error == uc.UC_ERR_OK and self.event < 0:
-                self.events.set_shadow(True)  # the way in which the stepper ends an instruction loses it
         return error
 
     def try_step(self, watch: Watch, scratch_gpa: int) -> None:
@@ -230,7 +226,7 @@ class Cpu:
 
     def _stopped(self, error: int) -> int | None:
         """What to do about a stop: KVM_RUN's result, KICKED, or None to go on."""
-        fault = self.mmu.fault
+        fault = self.mmu.fault if error != uc.UC_ERR_OK else None  # after a run the engine may look for code at exits: no access
         if fault is not None:
             return self.refused(fault)
         if self.event >= 0:
@@ -282,7 +278,7 @@ class Cpu:
             rip = self.registers.linear_rip
             if rip & -PAGE != page or self.kick[0] or self.page.memory[IMMEDIATE_EXIT]:
                 break
-            site = scan.find(self._code_here(), 1, self.registers.code_bits).get(0)
+            site = hazards.find(self._code_here(), 1, self.registers.code_bits).get(0)
             if site is not None:
                 return self.privileged.execute(site)
             error = self.step()
@@ -307,7 +303,14 @@ class Cpu:
             return self._go_to_the_edge()
         if isinstance(why, Fault):
             if why.vector == PF_VECTOR:
-                why.address = self.fault_address()
+                why.address, bits = self.fault_address(), self.registers.code_bits
+                if (
+                    why.error is not None
+                    and not why.error & PF_W
+                    and not self.mmu.fetching
+                    and operands.modifies_memory(self._code_here(), bits)
+                ):
+                    why.error |= PF_W  # a processor asks for the right to store before it loads
                 if self._reads_descriptors(why):
                     return self.after_step(self.step(flush=False, system=True))
             elif why.vector == GP_VECTOR and not self.mmu.fetching and self._through_stack():
@@ -342,7 +345,7 @@ class Cpu:
         tables = (self.registers.segment(number) for number in (GDT, LDT, TR, IDT))
         if not any(0 <= fault.address - table.base <= table.limit for table in tables):
             return False
-        return scan.loads_descriptor(self._code_here(), self.registers.code_bits)
+        return operands.loads_descriptor(self._code_here(), self.registers.code_bits)
 
     def _through_stack(self) -> bool:
         """Was the refused address, which is not canonical, of the stack segment?"""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from unicorn import unicorn_const as uc
 
 from kvmapi.abi import kvm
-from kvmapi.model.cpu import layout, scan
+from kvmapi.model.cpu import hazards, layout, scan
 from kvmapi.model.cpu.mmu import Fault, UnsupportedMode
 from kvmapi.model.mem.physical import Refused
 
@@ -236,7 +236,7 @@ class GuestDebug:
                 code = cpu.mmu.read(cpu.registers.linear_rip, min(page_left, scan.MAX_LENGTH))
             except (Fault, Refused, UnsupportedMode):
                 return None  # the fetch will fault by itself
-        return scan.find(code, 1, cpu.registers.code_bits).get(0)
+        return hazards.find(code, 1, cpu.registers.code_bits).get(0)
 
     def _accessed(self, _uc: int, kind: int, where: int, size: int, _value: int, _data: int) -> None:
         store = kind == uc.UC_MEM_WRITE

@@ -74,7 +74,7 @@ class Events:
         self.interrupt = interrupt if interrupt_injected else None
         self._soft = bool(soft)
         if flags & kvm.KVM_VCPUEVENT_VALID_SHADOW:
-            self.set_shadow(bool(shadow))
+            self._set_shadow(bool(shadow))
         self.nmi_injected, self.nmi_masked = bool(nmi_injected), bool(nmi_masked)
         self.nmi_pending = min(nmi_pending if flags & kvm.KVM_VCPUEVENT_VALID_NMI_PENDING else self.nmi_pending, self._nmi_limit())
         self._cpu.attention = True
@@ -107,14 +107,9 @@ class Events:
     def _shadow(self) -> int:
         return _SHADOW if self._cpu.registers.u32[layout.HFLAGS >> 2] & layout.HF_KEEP else 0
 
-    def set_shadow(self, on: bool) -> None:
-        """Begin or end the shadow of an STI or MOV SS."""
+    def _set_shadow(self, on: bool) -> None:
         flags = self._cpu.registers.u32[layout.HFLAGS >> 2] & ~layout.HF_KEEP
         self._cpu.registers.u32[layout.HFLAGS >> 2] = flags | (layout.HF_KEEP if on else 0)
-
-    def in_shadow(self) -> bool:
-        """Was the instruction before an STI or MOV SS, which hold interrupts back for one more?"""
-        return bool(self._shadow())
 
     def _in_shadow(self) -> bool:
         return bool(self._cpu.registers.u64[layout.EFLAGS >> 3] & _IF and self._shadow())
@@ -122,7 +117,7 @@ class Events:
     def leave_shadow(self) -> None:
         """An instruction was executed: the shadow of the one before is over."""
         if self._shadow():
-            self.set_shadow(False)
+            self._set_shadow(False)
 
     def takes_interrupts(self) -> bool:
         """IF is set, no instruction's shadow, nothing waiting."""
@@ -142,7 +137,7 @@ class Events:
         """INIT: nothing waits any more."""
         self.exception, self.interrupt, self._queued, self._soft = None, None, False, False
         self.nmi_pending, self.nmi_masked, self.nmi_injected = 0, False, False
-        self.set_shadow(False)
+        self._set_shadow(False)
 
     # ---- before the guest is entered
     def before_entry(self) -> int | None:

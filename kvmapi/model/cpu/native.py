@@ -172,11 +172,9 @@ class Native:
         self.close()
 
     # ---- running
-    def start(self, rip: int, count: int = 0) -> int:
-        """Run from `rip` until a hook stops it; a UC_ERR_* number. `count` > 0 bounds the instructions. Releases the
-        GIL.
-        """
-        return _start(self.handle, rip, 0, 0, count)
+    def start(self, rip: int) -> int:
+        """Run from `rip` until a hook stops it; a UC_ERR_* number. Releases the GIL."""
+        return _start(self.handle, rip, 0, 0, 0)
 
     def end_blocks_after(self, linear: int) -> None:
         """Translate no further than the instruction at the linear address `linear`: whatever follows in its page is an
@@ -186,7 +184,7 @@ class Native:
 
     def quieten(self, offset: int) -> None:
         """Do not look for stop requests after each memory access, which costs as much as the access: stop stubs leave by
-        themselves. `offset` is stubs.quiet_offset. Not for instruction counts, which rely on it.
+        themselves. `offset` is stubs.quiet_offset.
         """
         ctypes.c_uint8.from_address(self.handle + offset).value = 1
 

@@ -1,11 +1,17 @@
-"""Does a 64-bit instruction reach memory through the stack segment? Then a non-canonical address is #SS, not #GP.
+"""What an instruction does with its operands, told from its bytes: where the engine does not say enough.
 
-The engine says which address was refused, not through which segment. A little decoding tells: pushes, pops, calls and
-returns use the stack, and so does an operand whose base is RSP or RBP, unless FS or GS overrides. Source: AMD64
-Architecture Programmer's Manual, volume 3, section 1.4 (ModRM and SIB) and volume 1, section 2.1.
+- The engine says which address was refused, not through which segment: a non-canonical address is #SS when it is of the
+  stack segment, #GP otherwise. Pushes, pops, calls and returns use the stack, and so does an operand whose base is RSP or
+  RBP, unless FS or GS overrides.
+- It does not say that an access is one to a descriptor table, made with the supervisor's rights.
+- It loads before it stores where a processor asks for the right to store first.
+
+Source: AMD64 Architecture Programmer's Manual, volume 3, section 1.4 (ModRM and SIB) and appendix A.
 """
 
 from __future__ import annotations
+
+from kvmapi.model.cpu.scan import LEGACY, REX
 
 _PREFIXES = frozenset(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3")
 _OVERRIDES = frozenset(b"\x64\x65")
@@ -64,3 +70,49 @@ def _base(code: bytes, at: int, rex: int) -> int | None:
     if base == _RBP and mod == 0:  # a displacement alone, or RIP and a displacement
         return None
     return base | (rex & 1) << 3
+
+
+# ---- what the model must know of an instruction, in code of any width
+_SEGMENT_LOADS = frozenset((0x8E, 0x07, 0x17, 0x1F, 0xC4, 0xC5, 0x9A, 0xEA, 0xCA, 0xCB, 0xCF))
+_SEGMENT_LOADS_0F = frozenset((0x00, 0x02, 0x03, 0xA1, 0xA9, 0xB2, 0xB4, 0xB5))
+_FAR = (0x18, 0x28)  # /3 and /5 of FF: far CALL and JMP
+
+# Opcode -> extensions (bits by ModRM.reg) that load from memory and store to it. CMP, TEST and the bit tests only load.
+_MODIFIES = {
+    **{8 * operation + wide: 0xFF for operation in range(7) for wide in (0, 1)},
+    **dict.fromkeys((0x80, 0x81, 0x83), 0x7F), **dict.fromkeys((0x86, 0x87, 0xC0, 0xC1, 0xD0, 0xD1, 0xD2, 0xD3), 0xFF),
+    **dict.fromkeys((0xF6, 0xF7), 0b1100), **dict.fromkeys((0xFE, 0xFF), 0b11),
+    **dict.fromkeys((0x0FA4, 0x0FA5, 0x0FAB, 0x0FAC, 0x0FAD, 0x0FB0, 0x0FB1, 0x0FB3, 0x0FBB, 0x0FC0, 0x0FC1), 0xFF),
+    0x0FBA: 0b11100000,
+    0x0FC7: 0b10,
+}  # fmt: skip
+
+
+def _opcode(code: bytes, bits: int) -> tuple[int, int]:
+    """The first opcode byte and the byte behind it."""
+    at, prefixes = 0, LEGACY | REX if bits == 64 else LEGACY
+    while at < len(code) and code[at] in prefixes:
+        at += 1
+    opcode, second = (code[at : at + 2] + b"\0\0")[:2]
+    return opcode, second
+
+
+def loads_descriptor(code: bytes, bits: int) -> bool:
+    """Does the instruction at the start of `code` read a descriptor: loads of segment registers, far transfers, LAR and
+    its like?
+    """
+    opcode, second = _opcode(code, bits)
+    if opcode == 0x0F:
+        return second in _SEGMENT_LOADS_0F
+    return opcode in _SEGMENT_LOADS or (opcode == 0xFF and second & 0x38 in _FAR)
+
+
+def modifies_memory(code: bytes, bits: int) -> bool:
+    """Does the instruction at the start of `code` load an operand from memory to store it again?"""
+    at, prefixes = 0, LEGACY | REX if bits == 64 else LEGACY
+    while at < len(code) and code[at] in prefixes:
+        at += 1
+    opcode, modrm, after = (code[at : at + 3] + b"\0\0\0")[:3]
+    if opcode == 0x0F:
+        opcode, modrm = 0x0F00 | modrm, after
+    return modrm < 0xC0 and bool(_MODIFIES.get(opcode, 0) >> (modrm >> 3 & 7) & 1)

@@ -18,8 +18,8 @@ from kvmapi.model.caller import PAGE
 from kvmapi.model.cpu import control, ports, syscalls
 from kvmapi.model.cpu.cpuid import OSXSAVE
 from kvmapi.model.cpu.mmu import Fault, UnsupportedMode
-from kvmapi.model.cpu.msrs import NoSuchMsr
-from kvmapi.model.cpu.scan import Site
+from kvmapi.model.cpu.msrs import TSC_AUX, NoSuchMsr
+from kvmapi.model.cpu.scan import WATCHED, Site
 from kvmapi.model.cpu.state import ES
 from kvmapi.model.mem.physical import Refused
 from kvmapi.model.msr_filter import MsrFilter
@@ -35,7 +35,7 @@ HALTED = 1 << 21  # no result of KVM_RUN: the vCPU sleeps in it
 _U64 = 0xFFFFFFFFFFFFFFFF
 _PIO_BUFFER = 1024  # bytes of string input KVM asks for at once
 _ENOSYS = 1000  # KVM_ENOSYS
-_CR4_OSXSAVE = 1 << 18
+_CR4_OSXSAVE, _CR4_TSD = 1 << 18, 1 << 2
 _DF = 1 << 10
 
 
@@ -77,9 +77,11 @@ class Privileged:
             "rdmsr": self._rdmsr,
             "wrmsr": self._wrmsr,
             "cpuid": self._cpuid,
+            **dict.fromkeys(("rdtsc", "rdtscp"), self._rdtsc),
             **{kind: functools.partial(execute, cpu) for kind, execute in control.INSTRUCTIONS.items()},
             **dict.fromkeys(("syscall", "sysret", "sysenter", "sysexit"), self._system_call),
-            **dict.fromkeys(("sti", "popf", "iret"), self._flags_instruction),
+            "pcmpestr": self._explicit_lengths,
+            **dict.fromkeys(WATCHED, self._flags_instruction),
         }
 
     def execute(self, site: Site) -> int | None:
@@ -227,6 +229,18 @@ class Privileged:
     _backwards = False
     _string_at = _string_count = 0
 
+    def _explicit_lengths(self, site: Site) -> int | None:
+        """PCMPESTRM or PCMPESTRI: execute it alone, with lengths that the engine can take. Beyond 16 all are the same."""
+        registers, bits = self._registers, 64 if site.size == 8 else 32
+        kept = [(number, registers.gpr(number)) for number in (RAX, RDX)]
+        for number, value in kept:
+            low = value & (1 << bits) - 1
+            registers.set_gpr(number, min(low, (1 << bits) - low, 16))
+        error = self._cpu.step()
+        for number, value in kept:
+            registers.set_gpr(number, value)
+        return self._cpu.after_step(error)
+
     def _flags_instruction(self, site: Site) -> int | None:
         return self._cpu.events.flags_instruction(site)
 
@@ -251,6 +265,19 @@ class Privileged:
         """A write of an address-sized register: 32 bits clear the upper half, 16 bits keep the rest."""
         old = self._registers.gpr(number) if mask == 0xFFFF else 0
         self._set_gpr(number, old & ~mask | value & mask)
+
+    def _rdtsc(self, site: Site) -> int | None:
+        """RDTSC and RDTSCP read what MSR 0x10 shows, and not the engine's own count."""
+        registers = self._registers
+        if registers.cpl and registers.cr(4) & _CR4_TSD:
+            return self._no_privilege()
+        value = self._cpu.msrs.tsc()
+        self._set_gpr(RAX, value & 0xFFFFFFFF)
+        self._set_gpr(RDX, value >> 32)
+        if site.kind == "rdtscp":
+            self._set_gpr(RCX, self._cpu.msrs.read(TSC_AUX))
+        self.advance(site.length)
+        return None
 
     def _cpuid(self, site: Site) -> None:
         registers = self._registers

@@ -1,9 +1,9 @@
 """One instruction, executed alone: for MMIO, single steps, and whatever the running engine cannot be trusted with.
 
 The engine that runs the guest has translated blocks full of stop hooks, and neither an instruction count nor a hook
-reaches a block that is translated already. So there is a second engine per vCPU, made when it is first needed, that has
-no hooks and counts to one. It starts with empty caches each time: the CPU structure is copied in, one instruction (or
-one repetition of a string instruction) is executed, and the structure is copied back if that succeeded.
+reaches a block that is translated already. So there is a second engine per vCPU, made when it is first needed, without
+those hooks. It starts with empty caches each time: the CPU structure is copied in, one instruction (or one repetition
+of a string instruction) is executed, and the structure is copied back if that succeeded.
 
 What the instruction did to memory the running engine sees at once, as both have the same windows of it. Its translated
 code is compared with memory when the step may have stored to a page; its TLB is flushed unless the caller knows that
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
 
+from kvmapi.model.cpu import stubs
 from kvmapi.model.cpu.mmu import SCRATCH_AT, EngineMemory
 from kvmapi.model.cpu.native import Native, TlbEntry, TlbFill
 
@@ -50,6 +51,7 @@ class Stepper:
         self._memory = EngineMemory(native, self._cpu.physical, self._cpu.scratch_address)
         native.hook_tlb_fill(TlbFill(self._fill))
         native.hook_interrupts(self._interrupted)
+        native.quieten(self._cpu.where.quiet)
         self._native = native
         return native
 
@@ -72,12 +74,17 @@ class Stepper:
         native.flush_code()
         native.flush_tlb()
         self._copy(cpu.native.state, native.state)
-        hook = native.hook_memory(watch) if watch is not None else None
+        # The request to stop is made before the instruction and noticed after its block, which is that instruction: nothing
+        # behind it, or where it jumps to, is translated.
+        hooks = [native.hook_code(cpu.registers.linear_rip, stubs.exported("uc_emu_stop"))]
+        if watch is not None:
+            hook, _callback = native.hook_memory(watch)
+            hooks.append(hook)
         try:
-            return native.start(cpu.registers.rip, 1)
+            return native.start(cpu.registers.rip)
         finally:
-            if hook is not None:
-                native.unhook(hook[0])
+            for hook in hooks:
+                native.unhook(hook)
 
     def commit(self, *, flush: bool = True) -> None:
         """The instruction counts: its registers become the vCPU's. `flush`: it may have changed translation."""

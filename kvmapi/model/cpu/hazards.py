@@ -1,0 +1,142 @@
+"""Instructions that the engine gets wrong so badly that it must not execute them, or not even translate them.
+
+Found by comparing random snippets with a processor (tests/differential) and by fuzzing (scripts/fuzz):
+
+- LOCK before what cannot be locked is #UD on a processor. The engine executes some of these, and at bit tests of a register
+  its code generator aborts the process: those (`fatal`) are exits of the engine, which it does not translate.
+- CMPXCHG8B and CMPXCHG16B compute flags from what the engine brings up to date only before a hook: they get one that does
+  nothing (they are *watched*, see scan.py).
+- PCMPESTRM and PCMPESTRI with lengths that do not fit 32 bits read far outside their operands.
+- SSSE3 instructions on MMX registers with REX.R write behind the registers.
+"""
+
+from __future__ import annotations
+
+import re
+
+from kvmapi.model.cpu import scan
+from kvmapi.model.cpu.scan import LEGACY, LOCK, MAX_LENGTH, REX, REX_W, Site
+
+_BIT_TEST = rb"\x0f(?:[\xa3\xab\xb3\xbb][\xc0-\xff]|\xba[\xe0-\xff])"  # BT BTS BTR BTC of a register
+_ABORTS = [
+    re.compile(b"([" + re.escape(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3") + rex + b"]+)" + _BIT_TEST, re.DOTALL)
+    for rex in (b"", b"\x40-\x4f")
+]
+_WILD_MMX = re.compile(rb"[\x44-\x47\x4c-\x4f]\x0f(?:\x38[\x00-\x0b\x1c-\x1e]|\x3a\x0f)", re.DOTALL)
+_WIDE_EXCHANGE = re.compile(rb"\x0f\xc7[\x08-\x0f\x48-\x4f\x88-\x8f]", re.DOTALL)
+_EXPLICIT_LENGTH = re.compile(rb"\x0f\x3a[\x60\x61]", re.DOTALL)
+# Opcode -> extensions (bits by ModRM.reg) that take LOCK. Source: AMD64 Architecture Programmer's Manual, volume 3, 1.2.5.
+_LOCKABLE = {
+    **{8 * operation + wide: 0xFF for operation in range(7) for wide in (0, 1)},  # ADD OR ADC SBB AND SUB XOR to memory
+    **dict.fromkeys((0x80, 0x81, 0x82, 0x83), 0x7F), **dict.fromkeys((0x86, 0x87), 0xFF), **dict.fromkeys((0xF6, 0xF7), 0b1100),
+    **dict.fromkeys((0xFE, 0xFF), 0b11),
+    **dict.fromkeys((0x0FAB, 0x0FB3, 0x0FBB, 0x0FB0, 0x0FB1, 0x0FC0, 0x0FC1), 0xFF),
+    0x0FBA: 0b11100000,
+    0x0FC7: 0b10,
+}  # fmt: skip
+
+
+def find(code: bytes | bytearray, usable: int, bits: int, flags: bool = False) -> dict[int, Site]:
+    """Everything at which the engine must stop: what scan.find finds, and these."""
+    sites = scan.find(code, usable, bits, flags)
+    _find_locked(code, usable, bits, sites)
+    _find_wide_exchanges(code, usable, bits, sites)
+    _find_explicit_lengths(code, usable, bits, sites)
+    if bits == 64:
+        _find_wild_mmx(code, usable, sites)
+    return sites
+
+
+def _find_wide_exchanges(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:
+    """Add CMPXCHG8B and CMPXCHG16B to those that are watched. Nobody waits for them, but the engine must not translate them without a
+    hook: only before a hook does it bring up to date what it computes flags from, and this instruction's helper relies on it.
+    """
+    prefixes = LEGACY | REX if bits == 64 else LEGACY
+    for match in _WIDE_EXCHANGE.finditer(code):
+        start = match.start()
+        while True:
+            if start < usable and start not in sites:
+                sites[start] = Site("cmpxchg8b", match.end() - start)
+            if start == 0 or match.start() - start >= MAX_LENGTH - 1 or code[start - 1] not in prefixes:
+                break
+            start -= 1
+
+
+def _find_explicit_lengths(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:
+    """Add PCMPESTRM and PCMPESTRI, whose lengths in RAX and RDX the engine cuts to 32 bits and takes as they are when negating does not
+    make them positive: it then reads far outside the operands, and the process dies.
+    """
+    prefixes = LEGACY | REX if bits == 64 else LEGACY
+    for match in _EXPLICIT_LENGTH.finditer(code):
+        start = match.start()
+        size = 8 if bits == 64 and start and code[start - 1] in REX_W else 4
+        while True:
+            if start < usable:
+                sites[start] = Site("pcmpestr", match.end() + 2 - start, size)
+            if start == 0 or match.start() - start >= MAX_LENGTH - 1 or code[start - 1] not in prefixes:
+                break
+            start -= 1
+
+
+def _find_wild_mmx(code: bytes | bytearray, usable: int, sites: dict[int, Site]) -> None:
+    """Add the SSSE3 instructions of MMX registers that have REX.R. A processor ignores that bit; the engine takes it as the number of a
+    register behind the eighth, and overwrites its own state. No compiler writes them: #UD.
+    """
+    for match in _WILD_MMX.finditer(code):
+        start = match.start()
+        while True:
+            if code[start] == 0x66:
+                break
+            if start < usable:
+                sites[start] = Site("undefined", 1)
+            if start == 0 or match.start() - start >= MAX_LENGTH - 1 or code[start - 1] not in LEGACY | REX:
+                break
+            start -= 1
+
+
+def _find_locked(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:
+    """Add the places where LOCK stands before what cannot be locked: #UD on a processor, while the engine executes some of these
+    and ends the process at others.
+    """
+    prefixes = LEGACY | REX if bits == 64 else LEGACY
+    at = code.find(LOCK)
+    while at >= 0:
+        if not _lockable(code, at + 1, bits):
+            start = at
+            while True:
+                if start < usable:
+                    sites[start] = Site("undefined", 1, fatal=aborts(code, start, bits))
+                if start == 0 or at - start >= MAX_LENGTH - 1 or code[start - 1] not in prefixes:
+                    break
+                start -= 1
+        at = code.find(LOCK, at + 1)
+
+
+def _lockable(code: bytes | bytearray, at: int, bits: int) -> bool:
+    """May the instruction whose LOCK prefix stands before `at` have one? True too where the bytes end."""
+    while at < len(code) and (code[at] in LEGACY or (bits == 64 and code[at] in REX)):
+        at += 1
+    if at + 2 >= len(code) or code[at] in REX:  # INC and DEC of registers: the engine refuses LOCK there
+        return True
+    opcode, modrm = code[at], code[at + 1]
+    if opcode == 0x0F:
+        opcode, modrm = 0x0F00 | code[at + 1], code[at + 2]
+    extensions = _LOCKABLE.get(opcode, 0)
+    return bool(extensions >> (modrm >> 3 & 7) & 1) and modrm < 0xC0
+
+
+def aborts(code: bytes | bytearray, at: int, bits: int) -> bool:
+    """Would translating the instruction at `at` end the process? The engine makes of a bit test of a register with LOCK
+    code that its own generator calls impossible, and aborts. A stop hook does not help: the engine translates what is behind it.
+    """
+    match = _ABORTS[bits == 64].match(code, at)
+    return match is not None and LOCK in match.group(1)
+
+
+def fatal(code: bytes | bytearray, usable: int) -> set[int]:
+    """Offsets below `usable` at which an instruction may start that `aborts`, in code of any width."""
+    found: set[int] = set()
+    for match in _ABORTS[1].finditer(code):
+        prefixes = match.group(1)
+        found.update(match.start() + at for at in range(prefixes.rfind(LOCK) + 1))
+    return {at for at in found if at < usable}
