@@ -16,7 +16,7 @@ from kvmapi.abi import ioctls, kvm
 from kvmapi.model.caller import PAGE, Caller, Errno
 from kvmapi.model.cpu import events, layout, sregs
 from kvmapi.model.cpu.cpuid import OSXSAVE, SEV_LEAF, Leaf, Table
-from kvmapi.model.cpu.mmu import Fault, UnsupportedMode
+from kvmapi.model.cpu.mmu import Fault
 from kvmapi.model.cpu.msrs import NoSuchMsr
 from kvmapi.model.irq import state as irq_state
 from kvmapi.model.mem.physical import Refused
@@ -313,7 +313,7 @@ class VcpuState:
                     found = (gfn * PAGE | va & (PAGE - 1), 1)
                 else:
                     found = (va, int(va != 0xFFFFFFFFFFFFFFFF))  # all ones is KVM's "no address"
-            except (Fault, Refused, UnsupportedMode):
+            except (Fault, Refused):
                 found = (0xFFFFFFFFFFFFFFFF, 0)
             finally:
                 vm.physical.leave()

@@ -22,18 +22,20 @@ from unicorn import unicorn_const as uc
 
 from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE
-from kvmapi.model.cpu import hazards, inject, layout, operands, scan
+from kvmapi.model.cpu import hazards, layout, scan
 from kvmapi.model.cpu.code import CodeCache, Retranslate
 from kvmapi.model.cpu.cpuid import Table
-from kvmapi.model.cpu.debug import BP_VECTOR, DB_VECTOR, GuestDebug
+from kvmapi.model.cpu.debug import GuestDebug
 from kvmapi.model.cpu.events import Events
+from kvmapi.model.cpu.exceptions import Exceptions
+from kvmapi.model.cpu.hypercalls import Hypercalls
 from kvmapi.model.cpu.mmio import MmioUnit, scratch_page
-from kvmapi.model.cpu.mmu import GP_VECTOR, PF_VECTOR, Fault, Mmu, UnsupportedMode
+from kvmapi.model.cpu.mmu import Fault, Mmu
 from kvmapi.model.cpu.msrs import Msrs
 from kvmapi.model.cpu.native import Native, TlbFill
-from kvmapi.model.cpu.paging import CR4_SMAP, PF_P, PF_U, PF_W
 from kvmapi.model.cpu.privileged import ExitPolicy, Privileged
-from kvmapi.model.cpu.state import GDT, IDT, LDT, RFLAGS_AC, TR, Registers
+from kvmapi.model.cpu.refusals import Refusals
+from kvmapi.model.cpu.state import Registers
 from kvmapi.model.cpu.step import Stepper, Watch
 from kvmapi.model.mem.physical import EncryptedPhysical, Physical, Refused
 from kvmapi.model.runpage import IMMEDIATE_EXIT, RunPage
@@ -41,13 +43,10 @@ from kvmapi.model.runpage import IMMEDIATE_EXIT, RunPage
 if TYPE_CHECKING:
     from kvmapi.model.irq.lapic import Lapic
 
-_AHEAD = 1024  # more than the instructions of a block
 KICKED = 1 << 20  # no errno and no KVM_RUN result: the engine lock or the vCPU is wanted elsewhere
 _UD, _SS = 6, 12
-_CLAC, _STAC, _RDPMC = b"\x0f\x01\xca", b"\x0f\x01\xcb", b"\x0f\x33"
 _INVALID_STATE = 0xFFFFFFFF  # SVM's exit code for a guest state that it refuses
 _RF = 1 << 16
-_HYPERCALLS = (b"\x0f\x01\xc1", b"\x0f\x01\xd9")  # vmcall, vmmcall: KVM accepts either (it patches the wrong one)
 
 
 class Cpu:
@@ -71,16 +70,20 @@ class Cpu:
         self.cpuid = Table([])
         self.msrs = Msrs(self.registers, bootstrap=index == 0)
         self.privileged = Privileged(self, policy)
+        self.hypercalls = Hypercalls(self, policy)
         self.events = Events(self)
         self.debug = GuestDebug(self)
         self.mmio = MmioUnit(self)
+        self.refusals = Refusals(self)
+        self.exceptions = Exceptions(self)
+        self.raise_in_guest, self.internal_error = self.exceptions.raise_in_guest, self.exceptions.internal_error
         self.refuses_entry = False  # a state that the processor does not enter the guest with
         self.attention = False  # events or debugging want a look before the guest is entered
         self.lapic: Lapic | None = None  # where KVM_CREATE_IRQCHIP made controllers
         self._policy = policy
         self._cr8 = 0
         self.event = -1  # the exception that the engine reported last
-        self._stepped = False  # was it the stepper that ran last?
+        self.stepped = False  # was it the stepper that ran last?
         self._code_generation = physical.code_generation
         self.native.hook_tlb_fill(TlbFill(self.mmu.fill))
         self.native.hook_interrupts(self._interrupted)
@@ -146,7 +149,7 @@ class Cpu:
                     return result
                 if self.debug.active:
                     continue
-            self.mmu.fault, self.event, self._stepped = None, -1, False
+            self.mmu.fault, self.event, self.stepped = None, -1, False
             error = self.native.start(self.registers.rip)
             self.code.look()
             result = self._stopped(error)
@@ -186,32 +189,32 @@ class Cpu:
         steps and the like. The parameters are Stepper's.
         """
         self.mmu.fault, self.event = None, -1
-        if hazards.aborts(self._code_here(), 0, self.registers.code_bits):
+        if hazards.aborts(self.code_here(), 0, self.registers.code_bits):
             self.event = _UD
             return uc.UC_ERR_OK
         error = self.stepper.run(watch, system=system)
-        self._stepped = True
+        self.stepped = True
         if self.mmu.fault is None:
             self.stepper.commit(flush=flush)
         return error
 
     def try_step(self, watch: Watch, scratch_gpa: int) -> None:
         """The same with a scratch page at `scratch_gpa`, and nothing kept until `stepper.commit`."""
-        self.mmu.fault, self.event, self._stepped = None, -1, True
+        self.mmu.fault, self.event, self.stepped = None, -1, True
         self.stepper.run(watch, scratch_gpa=scratch_gpa)
 
     def fault_address(self) -> int:
         """The address of the access that was refused last."""
-        return self.stepper.fault_address() if self._stepped else self.native.fault_address(self.where.invalid_addr)
+        return self.stepper.fault_address() if self.stepped else self.native.fault_address(self.where.invalid_addr)
 
     def after_step(self, error: int) -> int | None:
         """Deal with what a single step ran into; None when it was executed, or when the guest goes on in a handler."""
         if self.mmu.fault is not None:
-            return self.refused(self.mmu.fault)
+            return self.refusals.deal(self.mmu.fault)
         if self.event >= 0:
-            return self._exception()
+            return self.exceptions.reported()
         if error in (uc.UC_ERR_INSN_INVALID, uc.UC_ERR_EXCEPTION):
-            return self._invalid_opcode()
+            return self.exceptions.invalid_opcode()
         return None if error == uc.UC_ERR_OK else self.internal_error(f"the engine stopped with error {error}")
 
     def touches(self, where: int, size: int, linear: int, length: int) -> bool:
@@ -219,18 +222,26 @@ class Cpu:
         try:
             gfn, encrypted, _ = self.mmu.translate(linear & -PAGE, False, False, False)
             window, offset, _ = self.physical.locate(gfn, encrypted, False)
-        except (Fault, Refused, UnsupportedMode):
+        except (Fault, Refused):
             return False
         at = window.base + offset + (linear & (PAGE - 1))
         return where < at + length and at < where + size
+
+    def code_here(self) -> bytes:
+        """Up to 15 bytes at RIP, as far as they can be fetched."""
+        rip = self.registers.linear_rip
+        for size in (scan.MAX_LENGTH, min(scan.MAX_LENGTH, PAGE - (rip & (PAGE - 1)))):
+            with contextlib.suppress(Fault, Refused):
+                return self.mmu.read_code(rip, size)
+        return b""
 
     def _stopped(self, error: int) -> int | None:
         """What to do about a stop: KVM_RUN's result, KICKED, or None to go on."""
         fault = self.mmu.fault if error != uc.UC_ERR_OK else None  # after a run the engine may look for code at exits: no access
         if fault is not None:
-            return self.refused(fault)
+            return self.refusals.deal(fault)
         if self.event >= 0:
-            return self._exception()
+            return self.exceptions.reported()
         if error == uc.UC_ERR_OK:
             code, registers = self.code, self.registers
             bits = registers.code_bits
@@ -248,7 +259,7 @@ class Cpu:
                 return self.after_step(self.step())
             return None
         if error in (uc.UC_ERR_INSN_INVALID, uc.UC_ERR_EXCEPTION):
-            return self._invalid_opcode()
+            return self.exceptions.invalid_opcode()
         return self.internal_error(f"the engine stopped with error {error}")
 
     def _at_breakpoint(self, rip: int) -> int | None:
@@ -261,159 +272,3 @@ class Cpu:
         if site is not None:
             return self.privileged.execute(site)
         return self.after_step(self.step())
-
-    # ---- refused accesses
-    def _looked_ahead(self) -> bool:
-        """Did the engine, translating a block, run into a page that RIP may never reach?"""
-        if not self.mmu.fetching or self._stepped:
-            return False
-        return self.mmu.refused_page != self.registers.linear_rip & -PAGE
-
-    def _go_to_the_edge(self) -> int | None:
-        """Execute what lies before the page that cannot be fetched, one by one: an instruction that reaches into it ends in
-        the fault, and others are executed.
-        """
-        page = self.registers.linear_rip & -PAGE
-        for _ in range(_AHEAD):
-            rip = self.registers.linear_rip
-            if rip & -PAGE != page or self.kick[0] or self.page.memory[IMMEDIATE_EXIT]:
-                break
-            site = hazards.find(self._code_here(), 1, self.registers.code_bits).get(0)
-            if site is not None:
-                return self.privileged.execute(site)
-            error = self.step()
-            if error != uc.UC_ERR_OK or self.mmu.fault is not None or self.event >= 0:
-                return self.after_step(error)
-        return None
-
-    def _code_here(self) -> bytes:
-        """Up to 15 bytes at RIP, as far as they can be fetched."""
-        rip = self.registers.linear_rip
-        for size in (scan.MAX_LENGTH, min(scan.MAX_LENGTH, PAGE - (rip & (PAGE - 1)))):
-            with contextlib.suppress(Fault, Refused):
-                return self.mmu.read_code(rip, size)
-        return b""
-
-    def refused(self, why: Exception) -> int | None:
-        if isinstance(why, Retranslate):
-            if self.code.stale:
-                self.code.flush_blocks()
-            return None
-        if self._looked_ahead():
-            return self._go_to_the_edge()
-        if isinstance(why, Fault):
-            if why.vector == PF_VECTOR:
-                why.address, bits = self.fault_address(), self.registers.code_bits
-                if (
-                    why.error is not None
-                    and not why.error & PF_W
-                    and not self.mmu.fetching
-                    and operands.modifies_memory(self._code_here(), bits)
-                ):
-                    why.error |= PF_W  # a processor asks for the right to store before it loads
-                if self._reads_descriptors(why):
-                    return self.after_step(self.step(flush=False, system=True))
-            elif why.vector == GP_VECTOR and not self.mmu.fetching and self._through_stack():
-                why.vector = _SS
-            return self.raise_in_guest(why.vector, why.error, why.address)
-        if isinstance(why, Refused):
-            if why.kind == "mmio":
-                return self.mmio.begin(why)
-            return self.refused_result(why)
-        if isinstance(why, UnsupportedMode):
-            return self.internal_error(f"the model has no {why}")
-        if isinstance(why, MemoryError):
-            return -12
-        raise why
-
-    def refused_result(self, why: Refused) -> int:
-        """The KVM_RUN result of an access that the backings refuse."""
-        if why.kind == "fault":
-            self.page.memory_fault(why.gpa, why.private)
-        elif why.kind == "hva":
-            self.page.head(kvm.KVM_EXIT_UNKNOWN)
-        else:
-            return self.internal_error(f"guest memory at {why.gpa:#x} is needed and is not there")
-        return -why.number
-
-    def _reads_descriptors(self, fault: Fault) -> bool:
-        """Is this user code whose instruction reads a descriptor or a TSS? The processor does that with the supervisor's
-        rights, and the engine's TLB does not say who asks.
-        """
-        if fault.error is None or fault.error & (PF_P | PF_U) != PF_P | PF_U or self._stepped:
-            return False
-        tables = (self.registers.segment(number) for number in (GDT, LDT, TR, IDT))
-        if not any(0 <= fault.address - table.base <= table.limit for table in tables):
-            return False
-        return operands.loads_descriptor(self._code_here(), self.registers.code_bits)
-
-    def _through_stack(self) -> bool:
-        """Was the refused address, which is not canonical, of the stack segment?"""
-        return self.registers.long_mode and operands.through_stack(self._code_here(), self.fault_address(), self.registers.gpr(4))
-
-    # ---- exceptions
-    def _exception(self) -> int | None:
-        vector = self.event
-        software = bool(self.registers.u32[(self.where.error_code >> 2) + 1])
-        error = self.registers.forget_exception()
-        if vector == _UD and not software:
-            return self._invalid_opcode()
-        if vector == BP_VECTOR and self.debug.catches_int3:
-            return self.debug.int3()
-        if vector == DB_VECTOR and self.debug.catches_db:
-            return self.debug.trapped()
-        return self.raise_in_guest(vector, error & 0xFFFF, software=software)
-
-    def _invalid_opcode(self) -> int | None:
-        registers, is_int = self.registers, self.where.error_code + 4
-        if registers.u32[is_int >> 2]:  # INT 6
-            registers.rip, registers.u32[is_int >> 2] = registers.u64[is_int + 4 >> 3], 0
-            return self.raise_in_guest(_UD, None, software=True)
-        code = self.code.bytes_at(registers.linear_rip, 4)
-        if code[:3] in (_CLAC, _STAC) and self.cpuid.cr4_valid & CR4_SMAP and not registers.cpl:
-            registers.set_flags(self.native.flags() & ~RFLAGS_AC | (RFLAGS_AC if code[:3] == _STAC else 0))
-            self.privileged.advance(3)
-            return None
-        if code[:2] == _RDPMC:  # there are no counters
-            return self.raise_in_guest(GP_VECTOR, 0)
-        prefix = 1 if code[:1] in (b"\xf3", b"\xf2", b"\x66") else 0
-        if code[prefix : prefix + 3] in _HYPERCALLS:
-            return self.privileged.hypercall(prefix + 3)
-        return self.raise_in_guest(_UD, None)
-
-    def raise_in_guest(
-        self, vector: int, error: int | None, address: int = 0, *, software: bool = False, external: bool = False
-    ) -> int | None:
-        """Deliver an exception, or with `external` an interrupt or NMI; None to go on, or the result of KVM_RUN when
-        the guest cannot take it.
-        """
-        if vector == PF_VECTOR:
-            self.registers.set_cr(2, address)
-        try:
-            flags = self.native.flags() | self.debug.delivered(vector)
-            if external:
-                inject.deliver_external(self.registers, self.mmu, flags, vector)
-            else:
-                inject.deliver(self.registers, self.mmu, flags, vector, error, software=software)
-        except inject.TripleFault:
-            return self.page.head(kvm.KVM_EXIT_SHUTDOWN)
-        except Refused as why:
-            if why.kind == "mmio":
-                self.reason = f"vector {vector} cannot be delivered: a table or stack lies outside memory at {why.gpa:#x}"
-                return self.page.internal_error(kvm.KVM_INTERNAL_ERROR_DELIVERY_EV, 1 << 31 | 3 << 8 | vector, 0, 0, why.gpa)
-            return self.refused_result(why)
-        except (UnsupportedMode, inject.UnsupportedDelivery) as why:
-            return self.internal_error(f"the model has no {why}")
-        return None
-
-    def internal_error(self, reason: str) -> int:
-        """KVM_EXIT_INTERNAL_ERROR/EMULATION with the instruction bytes, as KVM reports what it cannot emulate."""
-        self.reason = reason
-        try:
-            code = self.mmu.read(self.registers.linear_rip, 15)
-        except (Fault, Refused, UnsupportedMode):
-            code = b""
-        words = [int.from_bytes(code[at : at + 8].ljust(8, b"\0"), "little") for at in (0, 8)]
-        size_and_first = len(code) | (words[0] & 0xFFFFFFFFFFFFFF) << 8
-        rest = words[0] >> 56 | words[1] << 8
-        return self.page.internal_error(kvm.KVM_INTERNAL_ERROR_EMULATION, 1, size_and_first, rest & 0xFFFFFFFFFFFFFFFF)

@@ -20,7 +20,7 @@ from unicorn import unicorn_const as uc
 
 from kvmapi.abi import kvm
 from kvmapi.model.cpu import hazards, layout, scan
-from kvmapi.model.cpu.mmu import Fault, UnsupportedMode
+from kvmapi.model.cpu.mmu import Fault
 from kvmapi.model.mem.physical import Refused
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ class GuestDebug:
         """The first byte of the instruction at RIP; nothing where it cannot be read."""
         try:
             return self._cpu.mmu.read(self._cpu.registers.linear_rip, 1)
-        except (Fault, Refused, UnsupportedMode):
+        except (Fault, Refused):
             return b""
 
     def _after(self, hit: int) -> int | None:
@@ -230,11 +230,11 @@ class GuestDebug:
         cpu = self._cpu
         try:
             code = cpu.mmu.read(cpu.registers.linear_rip, scan.MAX_LENGTH)
-        except (Fault, Refused, UnsupportedMode):
+        except (Fault, Refused):
             try:
                 page_left = 4096 - (cpu.registers.linear_rip & 4095)
                 code = cpu.mmu.read(cpu.registers.linear_rip, min(page_left, scan.MAX_LENGTH))
-            except (Fault, Refused, UnsupportedMode):
+            except (Fault, Refused):
                 return None  # the fetch will fault by itself
         return hazards.find(code, 1, cpu.registers.code_bits).get(0)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from kvmapi.model.cpu import inject_long, inject_protected, inject_real
 from kvmapi.model.cpu.inject_common import DF, PF, Event, UnsupportedDelivery
-from kvmapi.model.cpu.mmu import Fault, Mmu, UnsupportedMode
+from kvmapi.model.cpu.mmu import Fault, Mmu
 from kvmapi.model.cpu.state import EFER_LMA, TR, Registers
 from kvmapi.model.mem.physical import Refused
 
@@ -84,7 +84,7 @@ def _rewind(registers: Registers, mmu: Mmu, vector: int) -> None:
     linear = registers.linear_rip
     try:
         before = mmu.read(linear - 2 & 0xFFFFFFFFFFFFFFFF, 2)
-    except (Fault, Refused, UnsupportedMode):
+    except (Fault, Refused):
         return  # the instruction was fetched from there a moment ago: its page went away meanwhile
     length = 2 if before == bytes((_INT_N, vector)) else 1 if before[1] == _ONE_BYTE.get(vector) else 0
     registers.rip = registers.rip - length & (0xFFFFFFFFFFFFFFFF if registers.long_mode else 0xFFFFFFFF)

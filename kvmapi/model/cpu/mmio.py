@@ -22,7 +22,7 @@ from unicorn import unicorn_const as uc
 
 from kvmapi.model.caller import PAGE
 from kvmapi.model.cpu import layout, moves, scan
-from kvmapi.model.cpu.mmu import SCRATCH_AT, Fault, UnsupportedMode
+from kvmapi.model.cpu.mmu import SCRATCH_AT, Fault
 from kvmapi.model.mem.physical import Refused
 
 if TYPE_CHECKING:
@@ -141,10 +141,10 @@ class MmioUnit:
             self._current = None
             if why.kind == "mmio":
                 return cpu.internal_error(f"one instruction touches MMIO at {mmio.gpa:#x} and at {why.gpa:#x}")
-            return cpu.refused_result(why)
-        except (Fault, UnsupportedMode) as why:
+            return cpu.refusals.result(why)
+        except Fault as why:
             self._current = None
-            return cpu.refused(why)
+            return cpu.refusals.deal(why)
         if missing is not None:
             cpu.privileged.pending = self._answered
             return cpu.page.mmio(mmio.gpa + missing[0], bytes(missing[1]), is_write=False)

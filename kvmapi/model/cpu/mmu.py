@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from kvmapi.model.cpu.native import Native
     from kvmapi.model.mem.physical import Physical, Window
 
-__all__ = ["GP_VECTOR", "PF_VECTOR", "SCRATCH_AT", "EngineMemory", "Fault", "Mmu", "UnsupportedMode"]
+__all__ = ["GP_VECTOR", "PF_VECTOR", "SCRATCH_AT", "EngineMemory", "Fault", "Mmu"]
 
 SCRATCH_AT = 0x10000  # engine-physical; the windows of guest memory begin at 1 GiB
 _READ_WRITE, _READ_EXECUTE = uc.UC_PROT_READ | uc.UC_PROT_WRITE, uc.UC_PROT_READ | uc.UC_PROT_EXEC
@@ -82,10 +82,6 @@ class EngineMemory:
             if self._physical.windows.get(id(window.owner)) is not window:
                 self._native.unmap(window.base, window.size)
                 del self._mapped[key]
-
-
-class UnsupportedMode(Exception):
-    """The guest switched to a paging mode that the model lacks."""
 
 
 class Mmu:

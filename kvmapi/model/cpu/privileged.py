@@ -1,4 +1,4 @@
-"""The instructions that leave the engine, executed here: port I/O, HLT, MSRs, CPUID and hypercalls.
+"""The instructions that leave the engine, executed here: port I/O, HLT, MSRs, CPUID and the time-stamp counter.
 
 An instruction that needs the VMM writes its exit and leaves `pending`: the rest of the instruction, run at the next
 KVM_RUN. RIP moves past the instruction only then, as in KVM, so that user space sees the address of the instruction
@@ -7,7 +7,6 @@ it emulates; an OUT is skipped only if user space left RIP alone.
 
 from __future__ import annotations
 
-import errno
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE
 from kvmapi.model.cpu import control, ports, syscalls
 from kvmapi.model.cpu.cpuid import OSXSAVE
-from kvmapi.model.cpu.mmu import Fault, UnsupportedMode
+from kvmapi.model.cpu.mmu import Fault
 from kvmapi.model.cpu.msrs import TSC_AUX, NoSuchMsr
 from kvmapi.model.cpu.scan import WATCHED, Site
 from kvmapi.model.cpu.state import ES
@@ -34,7 +33,6 @@ _GP = 13
 HALTED = 1 << 21  # no result of KVM_RUN: the vCPU sleeps in it
 _U64 = 0xFFFFFFFFFFFFFFFF
 _PIO_BUFFER = 1024  # bytes of string input KVM asks for at once
-_ENOSYS = 1000  # KVM_ENOSYS
 _CR4_OSXSAVE, _CR4_TSD = 1 << 18, 1 << 2
 _DF = 1 << 10
 
@@ -88,7 +86,7 @@ class Privileged:
         """One instruction found by the scan."""
         try:
             return self._kinds[site.kind](site)
-        except (Fault, Refused, UnsupportedMode) as why:
+        except (Fault, Refused) as why:
             return self._operand_refused(why)
 
     def complete(self) -> int | None:
@@ -214,16 +212,16 @@ class Privileged:
             where = self._string_at + (-number if self._backwards else number) * size & _U64
             try:
                 self._cpu.mmu.write(where, self._page.memory[at : at + size], user=self._registers.cpl == 3)
-            except (Fault, Refused, UnsupportedMode) as why:
+            except (Fault, Refused) as why:
                 return self._operand_refused(why)
             self._move(self._site, RDI, 1, self._backwards)
         return None
 
-    def _operand_refused(self, why: Fault | Refused | UnsupportedMode) -> int | None:
+    def _operand_refused(self, why: Fault | Refused) -> int | None:
         if isinstance(why, Fault):
             return self._cpu.raise_in_guest(why.vector, why.error, why.address)
         if isinstance(why, Refused):
-            return self._cpu.refused_result(why)
+            return self._cpu.refusals.result(why)
         return self._cpu.internal_error(f"the model has no {why}")
 
     _backwards = False
@@ -340,34 +338,3 @@ class Privileged:
         else:
             self.advance(self._site.length)
         return None
-
-    # ---- hypercalls
-    def hypercall(self, length: int) -> int | None:
-        """VMCALL or VMMCALL: KVM_HC_MAP_GPA_RANGE exits when enabled; everything else is answered here."""
-        registers = self._registers
-        long = registers.long_mode
-        mask = _U64 if long else 0xFFFFFFFF
-        number, gpa, pages, attributes = (registers.gpr(reg) & mask for reg in (RAX, RBX, RCX, RDX))
-        if registers.cpl:
-            self._hypercall_result(-errno.EPERM, length)
-            return None
-        if number != kvm.KVM_HC_MAP_GPA_RANGE or not self._policy.hypercalls >> number & 1:
-            self._hypercall_result(0 if number == kvm.KVM_HC_VAPIC_POLL_IRQ else -_ENOSYS, length)
-            return None
-        if gpa % PAGE or not pages or (gpa // PAGE) + pages > _U64:
-            self._hypercall_result(-errno.EINVAL, length)
-            return None
-        self._hypercall_length = length
-        self.pending = self._hypercall_done
-        return self._page.payload(
-            kvm.KVM_EXIT_HYPERCALL, "<Q6QQQ", number, gpa, pages, attributes, 0, 0, 0, 0, kvm.KVM_EXIT_HYPERCALL_LONG_MODE if long else 0
-        )
-
-    _hypercall_length = 0
-
-    def _hypercall_done(self) -> None:
-        self._hypercall_result(self._page.read("<Q", 88), self._hypercall_length)
-
-    def _hypercall_result(self, value: int, length: int) -> None:
-        self._set_gpr(RAX, value if self._registers.long_mode else value & 0xFFFFFFFF)
-        self.advance(length)
