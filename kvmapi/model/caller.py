@@ -69,11 +69,16 @@ class Memory(Protocol):
         """Could every page of [address, address+size) be pinned for writing?"""
 
 
+_SMALL = 512  # bytes: nearly every struct of an ioctl
+
+
 class _Iovec(threading.local):
     """Per-thread iovec pair, so that a copy allocates nothing."""
 
     def __init__(self) -> None:
         self.cells = (ctypes.c_uint64 * 4)()
+        self.small = memoryview(bytearray(_SMALL))
+        self.small_at = ctypes.addressof(ctypes.c_char.from_buffer(self.small))
         self.at = ctypes.addressof(self.cells)
         self.remote_at = self.at + 16
 
@@ -116,6 +121,11 @@ class OwnMemory:
         return done
 
     def read(self, address: int, size: int) -> bytes:
+        if size <= _SMALL:
+            iovec = self._iovec
+            if self._copy(_readv, iovec.small_at, address, size) != size:
+                raise Errno(errno.EFAULT)
+            return bytes(iovec.small[:size])
         buffer = ctypes.create_string_buffer(size)
         if self._copy(_readv, ctypes.addressof(buffer), address, size) != size:
             raise Errno(errno.EFAULT)

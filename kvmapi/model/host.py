@@ -67,17 +67,11 @@ class ModelHost:
         if not file.enter():  # another thread closed it just now; from here on it stays, as fdget keeps a file
             return -errno.EBADF
         try:
-            return self._dispatch(file, request, arg)
-        finally:
-            file.release()
-
-    def _dispatch(self, file: File, request: int, arg: int) -> int:
-        handler = file.handlers.get(request)
-        if handler is None:
-            handler = file.handlers.get(request & 0xFFFFFFFF)  # the kernel looks at the low 32 bits
+            handler = file.handlers.get(request)
             if handler is None:
-                return -file.unknown_errno()
-        try:
+                handler = file.handlers.get(request & 0xFFFFFFFF)  # the kernel looks at the low 32 bits
+                if handler is None:
+                    return -file.unknown_errno()
             return handler(arg, self)
         except Errno as failure:
             return -failure.number
@@ -85,6 +79,8 @@ class ModelHost:
             return -(failure.errno or errno.EIO)
         except MemoryError:
             return -errno.ENOMEM
+        finally:
+            file.release()
 
     def runner(self, fd: int) -> Callable[[], int]:
         """KVM_RUN on one vCPU without the look-ups of `ioctl`: the same answers, for run loops."""

@@ -47,6 +47,12 @@ class EngineLock:
         `leaving` is asked every millisecond: once it is true the wait is given up, and False returned.
         """
         gate, lock = self._gate, self._lock
+        if not gate.locked() and lock.acquire(blocking=False):  # nobody waits, and nobody has it
+            self.turns += 1
+            self._holder = kick
+            if kick is not None:
+                kick[0] = 0
+            return True
         if not gate.acquire(blocking=False) and not _wait(gate, None, leaving):
             return False
         try:

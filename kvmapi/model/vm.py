@@ -29,6 +29,7 @@ from kvmapi.model.platform import MAX_VCPUS, SEV_TYPES, Platform, has_private_me
 from kvmapi.model.sev.commands import SevContext
 
 _REGION = struct.Struct("<IIQQQ")
+_ATTRIBUTES = struct.Struct("<QQQQ")
 _REGION2 = struct.Struct("<IIQQQQI4x112x")
 _U64 = 1 << 64
 _GFNS = 1 << MAX_PHYS_BITS - 12
@@ -49,6 +50,8 @@ class VmFile(File):
         self.platform = platform
         self.type = vm_type
         self.memory = caller.memory
+        self._knows_attributes = bool(platform.capability(caps.KVM_CAP_MEMORY_ATTRIBUTES, None))
+        self._attributes = platform.capability(caps.KVM_CAP_MEMORY_ATTRIBUTES, vm_type)
         self.slots = Memslots(readonly_allowed=True)
         self.private = PrivateSet()
         self.lock = EngineLock()
@@ -254,15 +257,18 @@ class VmFile(File):
         return caller.install(GuestMemfdFile(self, size, flags))
 
     def _set_attributes(self, arg: int, caller: Caller) -> int:
-        if not self.platform.capability(caps.KVM_CAP_MEMORY_ATTRIBUTES, None):
+        if not self._knows_attributes:
             raise Errno(errno.ENOTTY)
-        gpa, size, attributes, flags = struct.unpack("<QQQQ", caller.memory.read(arg, 32))
-        supported = self.platform.capability(caps.KVM_CAP_MEMORY_ATTRIBUTES, self.type)
-        if flags or attributes & ~supported or not size or gpa + size >= _U64 or gpa % PAGE or size % PAGE:
+        gpa, size, attributes, flags = _ATTRIBUTES.unpack(caller.memory.read(arg, 32))
+        if flags or attributes & ~self._attributes or not size or gpa + size >= _U64 or gpa % PAGE or size % PAGE:
             raise Errno(errno.EINVAL)
-        with self._slots_mutex, self.paused():
-            if self.private.set_range(gpa // PAGE, size // PAGE, bool(attributes & kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE)):
-                self.physical.flush_range(gpa // PAGE, size // PAGE)
+        with self._slots_mutex:
+            self.lock.acquire()
+            try:
+                if self.private.set_range(gpa // PAGE, size // PAGE, bool(attributes & kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE)):
+                    self.physical.flush_range(gpa // PAGE, size // PAGE)
+            finally:
+                self.lock.release()
         return 0
 
     # ---- vCPUs

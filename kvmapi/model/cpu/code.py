@@ -44,7 +44,7 @@ class CodePage:
     may start, in code of any width; `watches` those at which only IF, or the end of an NMI handler, is at stake.
     """
 
-    __slots__ = ("_flags", "_sites", "fatal", "pointer", "secret", "seen", "stamp", "stops", "tail", "view", "watches")
+    __slots__ = ("_flags", "fatal", "pointer", "secret", "seen", "sites", "stamp", "stops", "tail", "view", "watches")
 
     def __init__(self, va: int, pointer: int, tail: bytes, secret: bool, flags: bool) -> None:
         self.pointer = pointer
@@ -52,7 +52,7 @@ class CodePage:
         self.view = page_view(pointer)
         self.tail = tail
         self._flags = flags
-        self._sites: dict[int, dict[int, Site]] = {}
+        self.sites: dict[int, dict[int, Site]] = {}  # by width of code and offset
         self.fatal: set[int] = set()  # addresses that the engine must not translate
         found = [self._scan(bits, va) for bits in (64, 32, 16)]
         kinds = {at: site.kind for sites in found for at, site in sites.items()}
@@ -60,16 +60,12 @@ class CodePage:
         self.stops = frozenset(kinds.keys() - self.watches)
         self.stamp = self.seen = self._stamp()
 
-    def sites(self, bits: int) -> dict[int, Site]:
-        """The sensitive instructions by offset, in code of this width."""
-        return self._sites[bits]
-
     def _scan(self, bits: int, va: int) -> dict[int, Site]:
         copy = bytearray(PAGE + len(self.tail))
         with memoryview(copy) as target:  # a slice of the bytearray itself would be assigned through a second copy
             target[:PAGE] = self.view
             target[PAGE:] = self.tail
-        found = self._sites[bits] = hazards.find(copy, PAGE, bits, self._flags)
+        found = self.sites[bits] = hazards.find(copy, PAGE, bits, self._flags)
         self.fatal.update(va + at for at in hazards.fatal(copy, PAGE))
         copy[:] = bytes(len(copy))  # plaintext must not stay on the heap
         return found
@@ -102,7 +98,7 @@ class CodeCache:
         self._read = read  # guest-virtual bytes, for the tail in the next page
         self._pages: dict[int, CodePage] = {}  # by virtual page
         self.pointers: dict[int, set[int]] = {}  # where our process sees a page -> its virtual pages
-        self._mixed: set[int] = set()  # virtual pages that are executed and stored to
+        self.mixed: set[int] = set()  # virtual pages that are executed and stored to
         self._fatal: set[int] = set()
         self._hooks: dict[int, int] = {}
         self._store_hooks: list[int] = []
@@ -143,7 +139,7 @@ class CodeCache:
 
     def stored(self, pointer: int) -> None:
         """The guest may from now on store to a page of `pointers`: changes of it are its own doing."""
-        self._mixed |= self.pointers[pointer]
+        self.mixed |= self.pointers[pointer]
 
     def _add(self, address: int, watch: bool) -> None:
         native = self._native
@@ -167,7 +163,7 @@ class CodeCache:
     def site(self, va: int, bits: int) -> Site | None:
         """The sensitive instruction at `va` in code of this width, if the code there is what was scanned."""
         page = self._pages.get(va & -PAGE)
-        return page.sites(bits).get(va & (PAGE - 1)) if page is not None else None
+        return page.sites[bits].get(va & (PAGE - 1)) if page is not None else None
 
     def bytes_at(self, va: int, size: int) -> bytes:
         """Up to `size` bytes of code at `va`, as far as pages were scanned."""
@@ -187,7 +183,7 @@ class CodeCache:
 
     def look(self) -> None:
         """The engine has stopped: what the guest made of mixed pages is its own doing."""
-        for va in self._mixed:
+        for va in self.mixed:
             page = self._pages.get(va)
             if page is not None:
                 page.look()
@@ -219,7 +215,7 @@ class CodeCache:
             self._flushing = False
         self._pages.clear()
         self.pointers.clear()
-        self._mixed.clear()
+        self.mixed.clear()
         self._store_hooks.clear()
         self._fatal.clear()
         self._overflow = self.stale = False

@@ -43,6 +43,7 @@ from kvmapi.model.runpage import IMMEDIATE_EXIT, RunPage
 if TYPE_CHECKING:
     from kvmapi.model.irq.lapic import Lapic
 
+_RIP, _HFLAGS = layout.EIP >> 3, layout.HFLAGS >> 2  # indices for the hot path
 KICKED = 1 << 20  # no errno and no KVM_RUN result: the engine lock or the vCPU is wanted elsewhere
 _UD, _SS = 6, 12
 _INVALID_STATE = 0xFFFFFFFF  # SVM's exit code for a guest state that it refuses
@@ -141,17 +142,20 @@ class Cpu:
     # ---- running
     def go(self) -> int:
         """Run until the VMM is needed: KVM_RUN's result with the exit written, or KICKED."""
+        mmu, physical, words = self.mmu, self.physical, self.registers.u64
         while True:
-            self.catch_up()
+            if physical.generation != mmu.generation or physical.code_generation != self._code_generation:
+                self.catch_up()
             if self.attention:
                 result = self._attend()
                 if result is not None:
                     return result
                 if self.debug.active:
                     continue
-            self.mmu.fault, self.event, self.stepped = None, -1, False
-            error = self.native.start(self.registers.rip)
-            self.code.look()
+            mmu.fault, self.event, self.stepped = None, -1, False
+            error = self.native.start(words[_RIP])
+            if self.code.mixed:
+                self.code.look()
             result = self._stopped(error)
             if result is not None:
                 return result
@@ -244,8 +248,10 @@ class Cpu:
             return self.exceptions.reported()
         if error == uc.UC_ERR_OK:
             code, registers = self.code, self.registers
-            bits = registers.code_bits
-            rip = registers.rip if bits == 64 else registers.linear_rip
+            if registers.u32[_HFLAGS] & layout.HF_CS64:
+                bits, rip = 64, registers.u64[_RIP]
+            else:
+                bits, rip = registers.code_bits, registers.linear_rip
             if rip in code.breakpoints:
                 return self._at_breakpoint(rip)
             site = code.site(rip, bits)

@@ -35,7 +35,7 @@ _BRAND = _text("sevmm software model CPU".ljust(48, "\0"))
 _1_ECX = 1 << 0 | 1 << 1 | 1 << 9 | 1 << 13 | 0x1F << 19 | 1 << 24 | 1 << 25 | 1 << 26 | 1 << 30 | 1 << 31
 # FPU VME DE PSE TSC MSR PAE MCE CX8 APIC SEP MTRR PGE MCA CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2
 _1_EDX = 0x0F8BFBFF & ~(1 << 18 | 1 << 20) | 1 << 24 | 1 << 25 | 1 << 26
-_7_EBX = 1 << 0 | 1 << 3 | 1 << 7 | 1 << 8 | 1 << 20  # FSGSBASE BMI1 SMEP BMI2 SMAP
+_7_EBX = 1 << 0 | 1 << 7 | 1 << 20  # FSGSBASE SMEP SMAP; not BMI1 and BMI2: the engine gets BEXTR, BZHI and BLSI wrong
 _X1_ECX = 1 << 0 | 1 << 5  # LAHF ABM
 _X1_EDX = (_1_EDX & 0x0183F3FF) | 1 << 11 | 1 << 20 | 1 << 26 | 1 << 27 | 1 << 29  # SYSCALL NX 1G pages RDTSCP LM
 KVM_LEAF, KVM_FEATURES = 0x40000000, 0x40000001

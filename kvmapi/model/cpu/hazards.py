@@ -13,6 +13,7 @@ Found by comparing random snippets with a processor (tests/differential) and by 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from kvmapi.model.cpu import scan
 from kvmapi.model.cpu.scan import LEGACY, LOCK, MAX_LENGTH, REX, REX_W, Site
@@ -40,42 +41,42 @@ def find(code: bytes | bytearray, usable: int, bits: int, flags: bool = False) -
     """Everything at which the engine must stop: what scan.find finds, and these."""
     sites = scan.find(code, usable, bits, flags)
     _find_locked(code, usable, bits, sites)
-    _find_wide_exchanges(code, usable, bits, sites)
+    _find_lazy(code, usable, bits, sites)
     _find_explicit_lengths(code, usable, bits, sites)
     if bits == 64:
         _find_wild_mmx(code, usable, sites)
     return sites
 
 
-def _find_wide_exchanges(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:
+def _starts(code: bytes | bytearray, opcode_at: int, usable: int, bits: int) -> Iterator[int]:
+    """Where the instruction may start whose opcode stands at `opcode_at`: there, and at each prefix before it."""
+    prefixes, start = LEGACY | REX if bits == 64 else LEGACY, opcode_at
+    while True:
+        if start < usable:
+            yield start
+        if start == 0 or opcode_at - start >= MAX_LENGTH - 1 or code[start - 1] not in prefixes:
+            return
+        start -= 1
+
+
+def _find_lazy(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:
     """Add CMPXCHG8B and CMPXCHG16B to those that are watched. Nobody waits for them, but the engine must not translate them without a
     hook: only before a hook does it bring up to date what it computes flags from, and this instruction's helper relies on it.
     """
-    prefixes = LEGACY | REX if bits == 64 else LEGACY
     for match in _WIDE_EXCHANGE.finditer(code):
-        start = match.start()
-        while True:
-            if start < usable and start not in sites:
-                sites[start] = Site("cmpxchg8b", match.end() - start)
-            if start == 0 or match.start() - start >= MAX_LENGTH - 1 or code[start - 1] not in prefixes:
-                break
-            start -= 1
+        for start in _starts(code, match.start(), usable, bits):
+            sites.setdefault(start, Site("lazy", match.end() - start))
 
 
 def _find_explicit_lengths(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:
     """Add PCMPESTRM and PCMPESTRI, whose lengths in RAX and RDX the engine cuts to 32 bits and takes as they are when negating does not
     make them positive: it then reads far outside the operands, and the process dies.
     """
-    prefixes = LEGACY | REX if bits == 64 else LEGACY
     for match in _EXPLICIT_LENGTH.finditer(code):
-        start = match.start()
-        size = 8 if bits == 64 and start and code[start - 1] in REX_W else 4
-        while True:
-            if start < usable:
-                sites[start] = Site("pcmpestr", match.end() + 2 - start, size)
-            if start == 0 or match.start() - start >= MAX_LENGTH - 1 or code[start - 1] not in prefixes:
-                break
-            start -= 1
+        opcode_at = match.start()
+        size = 8 if bits == 64 and opcode_at and code[opcode_at - 1] in REX_W else 4
+        for start in _starts(code, opcode_at, usable, bits):
+            sites[start] = Site("pcmpestr", match.end() + 2 - start, size)
 
 
 def _find_wild_mmx(code: bytes | bytearray, usable: int, sites: dict[int, Site]) -> None:
@@ -83,32 +84,21 @@ def _find_wild_mmx(code: bytes | bytearray, usable: int, sites: dict[int, Site])
     register behind the eighth, and overwrites its own state. No compiler writes them: #UD.
     """
     for match in _WILD_MMX.finditer(code):
-        start = match.start()
-        while True:
-            if code[start] == 0x66:
+        for start in _starts(code, match.start(), usable, 64):
+            if 0x66 in code[start : match.start()]:
                 break
-            if start < usable:
-                sites[start] = Site("undefined", 1)
-            if start == 0 or match.start() - start >= MAX_LENGTH - 1 or code[start - 1] not in LEGACY | REX:
-                break
-            start -= 1
+            sites[start] = Site("undefined", 1)
 
 
 def _find_locked(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:
     """Add the places where LOCK stands before what cannot be locked: #UD on a processor, while the engine executes some of these
     and ends the process at others.
     """
-    prefixes = LEGACY | REX if bits == 64 else LEGACY
     at = code.find(LOCK)
     while at >= 0:
         if not _lockable(code, at + 1, bits):
-            start = at
-            while True:
-                if start < usable:
-                    sites[start] = Site("undefined", 1, fatal=aborts(code, start, bits))
-                if start == 0 or at - start >= MAX_LENGTH - 1 or code[start - 1] not in prefixes:
-                    break
-                start -= 1
+            for start in _starts(code, at, usable, bits):
+                sites[start] = Site("undefined", 1, fatal=aborts(code, start, bits))
         at = code.find(LOCK, at + 1)
 
 

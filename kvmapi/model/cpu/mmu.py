@@ -34,8 +34,9 @@ from unicorn import unicorn_const as uc
 from kvmapi.model.caller import PAGE
 from kvmapi.model.cpu import layout
 from kvmapi.model.cpu.native import TlbEntry
-from kvmapi.model.cpu.paging import GP_VECTOR, PF_VECTOR, Fault, Paging
-from kvmapi.model.cpu.shadow import Shadows
+from kvmapi.model.cpu.paging import GP_VECTOR, PF_VECTOR, Fault, Mapping, Paging
+from kvmapi.model.cpu.shadow import Shadow, Shadows
+from kvmapi.model.mem.physical import Refused
 
 if TYPE_CHECKING:
     from kvmapi.model.cpu.code import CodeCache
@@ -112,6 +113,7 @@ class Mmu:
         self.generation = -1  # of `physical`, at the last flush
         self._shadows = Shadows()
         self._shadow = self._shadows.switch(0, 0, 0, 0, 0, self.max_phys_bits)
+        self._refused: tuple[tuple[int, int, bool, bool], Shadow, Mapping] | None = None  # the conversion that a backing refused last
         self._stores: set[int] = set()  # pages, as our process sees them, that some TLB entry may let the guest store to unseen
         self._slots: dict[int, TlbEntry] = {}  # views of where the engine wants the answer
 
@@ -163,8 +165,24 @@ class Mmu:
         write, fetch = kind == uc.UC_MEM_WRITE, kind == uc.UC_MEM_FETCH
         physical, shadow = self.physical, self._shadow
         before = physical.generation
-        mapping = shadow.paging.walk(physical, va, write, fetch, user, ac)
-        window, offset, storable = physical.locate(mapping.gfn, mapping.private, write)
+        # What a backing refused is asked for again when it was converted: its walk need not be repeated.
+        what, refused = (va, kind, user, ac), self._refused
+        mapping = None
+        if refused is not None:
+            self._refused = None
+            if refused[0] == what and refused[1] is shadow:
+                mapping = refused[2]
+                for view, at, word in mapping.steps:
+                    if view[at] != word:
+                        mapping = None
+                        break
+        if mapping is None:
+            mapping = shadow.paging.walk(physical, va, write, fetch, user, ac)
+        try:
+            window, offset, storable = physical.locate(mapping.gfn, mapping.private, write)
+        except Refused:
+            self._refused = what, shadow, mapping
+            raise
         physical.entered.add(mapping.gfn)
         if physical.generation != self.generation:
             self._drop_all()

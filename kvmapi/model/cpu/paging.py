@@ -29,6 +29,9 @@ EFER_LMA, EFER_NXE = 1 << 10, 1 << 11
 MODE_CR0, MODE_CR4, MODE_EFER = CR0_PG | CR0_WP, CR4_PSE | CR4_PAE | CR4_SMEP | CR4_SMAP, EFER_LMA | EFER_NXE
 
 Step = tuple[memoryview, int, int]  # one entry that a walk used: its table, its index there, its value
+Region = tuple[tuple[Step, ...], int, int, int]  # the steps above the last table, what they leave of RW and US, NX, that table
+_LAST = (12,)
+_MAX_REGIONS = 4096
 
 
 class Fault(Exception):
@@ -69,6 +72,8 @@ class Paging:
         self.address_mask = (1 << phys_bits) - 1 & -PAGE if self.wide else 0xFFFFF000
         self.reserved = 0
         self.accesses: dict[tuple[int, bool, bool, bool], int] = {}  # what a page's rights allow, see shadow.py
+        self._regions: dict[int, Region] = {}
+        self._region_shift = 21 if self.wide else 22
         self.shifts: tuple[int, ...] = ()
         self.large: tuple[int, ...] = ()
         self.root = cr3 & self.address_mask & ~c_mask
@@ -101,40 +106,53 @@ class Paging:
             va &= 0xFFFFFFFF
         elif (va >> 47) not in (0, 0x1FFFF):
             raise Fault(GP_VECTOR, 0)
-        cause = self.cause(write, fetch, user)
         encrypted, wide, reserved, pointer = self.encrypted, self.wide, self.reserved, self.address_mask & ~self.c_mask
         mask, known = (0x1FF if wide else 0x3FF), physical.tables.get
         table, rights, no_execute, first = self.root, RW | US, 0, (self.root & 0xFFF) >> 3
         steps: list[Step] = []
-        for shift in self.shifts:
-            view = known((table >> 12, encrypted, wide)) or self._table(physical, table, cause, va)
+        shifts = self.shifts
+        region = self._regions.get(va >> self._region_shift)
+        if region is not None:
+            first_steps, rights_so_far, no_execute_so_far, last_table = region
+            for above, at, value in first_steps:
+                if above[at] != value:
+                    break
+            else:  # the upper levels are what they were
+                steps, rights, no_execute, table, shifts, first = list(first_steps), rights_so_far, no_execute_so_far, last_table, _LAST, 0
+        for shift in shifts:
+            view = known((table >> 12, encrypted, wide)) or self._table(physical, table, self.cause(write, fetch, user), va)
             index, first = (va >> shift & mask) + first, 0
             entry = view[index]
             if not entry & P:
-                raise Fault(PF_VECTOR, cause, va)
+                raise Fault(PF_VECTOR, self.cause(write, fetch, user), va)
             if shift == 30 and not self.long:  # PAE's top level has no rights and no accessed bit
                 if entry & (reserved | NX | 0x1E6):
-                    raise Fault(PF_VECTOR, cause | PF_P | PF_RSVD, va)
+                    raise Fault(PF_VECTOR, self.cause(write, fetch, user) | PF_P | PF_RSVD, va)
                 steps.append((view, index, entry))
                 table = entry & pointer
                 continue
             if entry & reserved or (entry & G and shift == 39):  # what would be G is reserved at the top (AMD)
-                raise Fault(PF_VECTOR, cause | PF_P | PF_RSVD, va)
+                raise Fault(PF_VECTOR, self.cause(write, fetch, user) | PF_P | PF_RSVD, va)
+            if shift == 12:
+                if shifts is not _LAST:
+                    self._keep_region(va, (tuple(steps), rights, no_execute, table))
+                rights &= entry
+                no_execute |= entry & NX
+                break
             rights &= entry
             no_execute |= entry & NX
-            if shift == 12:
-                break
             if entry & PS and (shift != 22 or self.large):
                 if self._bad_large(entry, shift):
-                    raise Fault(PF_VECTOR, cause | PF_P | PF_RSVD, va)
+                    raise Fault(PF_VECTOR, self.cause(write, fetch, user) | PF_P | PF_RSVD, va)
                 break
             if not entry & A:
                 entry = self._mark(physical, table, view, index, entry, entry | A)
             steps.append((view, index, entry))
             table = entry & pointer
         rights = rights & (RW | US) | no_execute
-        if not self.allows(rights, write, fetch, user, ac):
-            raise Fault(PF_VECTOR, cause | PF_P, va)
+        simple = rights == RW and not fetch and not user  # ring 0's own data page: always allowed
+        if not simple and not self.allows(rights, write, fetch, user, ac):
+            raise Fault(PF_VECTOR, self.cause(write, fetch, user) | PF_P, va)
         marked = entry | A | (D if write else 0)
         if marked != entry:
             entry = self._mark(physical, table, view, index, entry, marked)
@@ -145,6 +163,12 @@ class Paging:
         private = self.encrypted if fetch else data_private
         page = self._address(entry, shift, va) >> 12
         return Mapping(page, private, rights, bool(marked & D), tuple(steps), private is not data_private)
+
+    def _keep_region(self, va: int, region: Region) -> None:
+        """Remember the way to the last table of a region, for its other pages."""
+        if len(self._regions) >= _MAX_REGIONS:
+            self._regions.clear()
+        self._regions[va >> self._region_shift] = region
 
     def _table(self, physical: Physical, table: int, cause: int, va: int) -> memoryview:
         try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE
-from kvmapi.model.cpu import control, ports, syscalls
+from kvmapi.model.cpu import control, layout, ports, syscalls
 from kvmapi.model.cpu.cpuid import OSXSAVE
 from kvmapi.model.cpu.mmu import Fault
 from kvmapi.model.cpu.msrs import TSC_AUX, NoSuchMsr
@@ -35,6 +35,7 @@ _U64 = 0xFFFFFFFFFFFFFFFF
 _PIO_BUFFER = 1024  # bytes of string input KVM asks for at once
 _CR4_OSXSAVE, _CR4_TSD = 1 << 18, 1 << 2
 _DF = 1 << 10
+_RIP, _HFLAGS = layout.EIP >> 3, layout.HFLAGS >> 2  # indices for the hot path
 
 
 @dataclass(slots=True)
@@ -94,9 +95,11 @@ class Privileged:
         rip, length = self._skip
         if length:
             self._skip = (0, 0)
-            if self._registers.rip == rip:
-                self._registers.rip = rip + length & _U64
-                self._cpu.events.leave_shadow()
+            words = self._registers.u64
+            if words[_RIP] == rip:
+                words[_RIP] = rip + length & _U64
+                if self._registers.u32[_HFLAGS] & layout.HF_KEEP:
+                    self._cpu.events.leave_shadow()
         pending, self.pending = self.pending, None
         return pending() if pending is not None else None
 
@@ -105,7 +108,8 @@ class Privileged:
         registers = self._registers
         mask = _U64 if registers.long_mode else 0xFFFFFFFF
         registers.rip = registers.rip + length & mask
-        self._cpu.events.leave_shadow()
+        if registers.u32[_HFLAGS] & layout.HF_KEEP:
+            self._cpu.events.leave_shadow()
 
     def _no_privilege(self) -> int | None:
         return self._cpu.raise_in_guest(_GP, 0)
@@ -116,16 +120,17 @@ class Privileged:
 
     # ---- port I/O
     def _out(self, site: Site) -> int | None:
-        if self._registers.cpl and not self._may_do_io(site):
-            return self._no_privilege()
         registers, page = self._registers, self._page
-        data = (registers.gpr(RAX) & (1 << 8 * site.size) - 1).to_bytes(site.size, "little")
-        port = registers.gpr(RDX) & 0xFFFF if site.port is None else site.port
+        if registers.u32[_HFLAGS] & layout.HF_CPL and not self._may_do_io(site):
+            return self._no_privilege()
+        words = registers.u64
+        data = (words[RAX] & (1 << 8 * site.size) - 1).to_bytes(site.size, "little")  # REGS is at 0: the hot path
+        port = words[RDX] & 0xFFFF if site.port is None else site.port
         if self._policy.bus is not None and self._policy.bus.write("pio", port, data):
             self.advance(site.length)
             return None
         page.memory[PIO_OFFSET : PIO_OFFSET + site.size] = data
-        self._skip = (registers.rip, site.length)
+        self._skip = (words[_RIP], site.length)
         return page.io(kvm.KVM_EXIT_IO_OUT, site.size, port, 1)
 
     def _in(self, site: Site) -> int | None:

@@ -61,6 +61,8 @@ class Refusals:
     def deal(self, why: Exception) -> int | None:
         """An access was refused, the instruction was not executed: KVM_RUN's result, or None to go on."""
         cpu = self._cpu
+        if isinstance(why, Refused) and not cpu.mmu.fetching:
+            return cpu.mmio.begin(why) if why.kind == "mmio" else self.result(why)
         if isinstance(why, Retranslate):
             if cpu.code.stale:
                 cpu.code.flush_blocks()

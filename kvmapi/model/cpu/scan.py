@@ -26,7 +26,7 @@ _TWO_BYTE = rb"|\x0f(?:[\x05\x07\x20\x22\x23\x30-\x32\x34\x35\xa2]|\x01[\xd1\xf9
 _SENSITIVE = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4]" + _TWO_BYTE, re.DOTALL)
 _OR_FLAGS = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xfb\x9d\xcf]" + _TWO_BYTE, re.DOTALL)
 _FLAGS = {0xFB: "sti", 0x9D: "popf", 0xCF: "iret"}
-WATCHED = frozenset((*_FLAGS.values(), "cmpxchg8b"))  # kinds that stop the engine only while somebody waits
+WATCHED = frozenset((*_FLAGS.values(), "lazy"))  # kinds that stop the engine only while somebody waits
 _AFTER_0F = {
     0x30: "wrmsr", 0x31: "rdtsc", 0x32: "rdmsr", 0xA2: "cpuid", 0x05: "syscall", 0x07: "sysret", 0x34: "sysenter", 0x35: "sysexit",
 }  # fmt: skip

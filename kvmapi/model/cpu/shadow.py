@@ -76,7 +76,9 @@ class Shadows:
         if old is None or old[GFN] != mapping.gfn:
             self._noted += 1
             self._by_gfn.setdefault(mapping.gfn, []).append((shadow, va))
-        steps = mapping.steps + (_NO_STEP,) * (_LEVELS - len(mapping.steps))
+        steps = mapping.steps
+        if len(steps) < _LEVELS:
+            steps += (_NO_STEP,) * (_LEVELS - len(steps))
         first, second, third, fourth = steps
         page = (*first, *second, *third, *fourth, address, self._accesses(shadow.paging, mapping, writable), mapping.gfn, pointer)
         shadow.pages[va] = page

@@ -41,7 +41,6 @@ class Refused(Exception):
     """
 
     def __init__(self, kind: str, gpa: int, *, private: bool = False, number: int = errno.EFAULT) -> None:
-        super().__init__(kind, gpa)
         self.kind = kind
         self.gpa = gpa
         self.private = private
@@ -239,7 +238,10 @@ class ProtectedPhysical(Physical):
 
     def locate(self, gfn: int, encrypted: bool, write: bool) -> tuple[Window, int, bool]:
         if gfn not in self.private:
-            return super().locate(gfn, encrypted, write)
+            shared = self._slot(gfn, write)
+            if shared.gmem is not None and shared.gmem.mappable:
+                return self._in_gmem(gfn, shared, private=False)
+            return self._in_caller(gfn, shared, write)
         slot = self.slots.find(gfn)
         if slot is None:
             raise Refused("fault", gfn * PAGE, private=True)
