@@ -237,3 +237,13 @@ def test_a_vcpu_that_rewrites_the_other_ones_code_and_tables(model_host: Any) ->
                 assert not thread.is_alive()
             for vcpu in guest.vcpus:
                 assert vcpu.run() == 4 and vcpu.exit(4) == Intr()
+
+
+@pytest.mark.parametrize(
+    "text", ["c5f8a2", "c4e178a2", "c5f822d8", "c5f830", "c5f831", "c5f805", "c5f1fcc2", "66c5f8a2", "c5f8ee", "c4e2711cc2"]
+)
+def test_vex_prefixes_are_not_offered(model_host: Any, text: str) -> None:
+    """#UD, and nothing privileged is executed unseen."""
+    with LongGuest(model_host, bytes.fromhex(text) + b"\xf4") as guest:
+        guest.regs(rcx=0x10, rax=0, rdx=0)
+        assert guest.run() == Hlt() and guest.vector() == 6

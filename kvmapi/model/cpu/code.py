@@ -7,7 +7,7 @@ there before, and an address may mean another instruction in another address spa
 up at the stop.
 
 Some bytes the engine must not even translate, because its code generator aborts at them (hazards.fatal): those addresses
-are made exits.
+are made exits. So are those at which a block must end because the engine's translator would run out of room (blocks.cuts).
 
 Who may change code:
 
@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Callable
 
 from kvmapi.model.caller import PAGE
-from kvmapi.model.cpu import hazards, scan
+from kvmapi.model.cpu import blocks, hazards, scan
 from kvmapi.model.cpu.native import Native
 from kvmapi.model.cpu.scan import Site
 from kvmapi.model.mem.secure import page_view
@@ -44,7 +44,7 @@ class CodePage:
     may start, in code of any width; `watches` those at which only IF, or the end of an NMI handler, is at stake.
     """
 
-    __slots__ = ("_flags", "fatal", "pointer", "secret", "seen", "sites", "stamp", "stops", "tail", "view", "watches")
+    __slots__ = ("_bounds", "_flags", "cuts", "fatal", "pointer", "secret", "seen", "sites", "stamp", "stops", "tail", "view", "watches")
 
     def __init__(self, va: int, pointer: int, tail: bytes, secret: bool, flags: bool) -> None:
         self.pointer = pointer
@@ -54,6 +54,8 @@ class CodePage:
         self._flags = flags
         self.sites: dict[int, dict[int, Site]] = {}  # by width of code and offset
         self.fatal: set[int] = set()  # addresses that the engine must not translate
+        self.cuts: set[int] = set()  # addresses at which a block must end
+        self._bounds: dict[int, int] | None = None  # blocks.count
         found = [self._scan(bits, va) for bits in (64, 32, 16)]
         kinds = {at: site.kind for sites in found for at, site in sites.items()}
         self.watches = frozenset(at for at, kind in kinds.items() if kind in scan.WATCHED)
@@ -67,8 +69,15 @@ class CodePage:
             target[PAGE:] = self.tail
         found = self.sites[bits] = hazards.find(copy, PAGE, bits, self._flags)
         self.fatal.update(va + at for at in hazards.fatal(copy, PAGE))
+        if self._bounds is None:
+            self._bounds = blocks.count(copy)
+        self.cuts.update(va + at for at in blocks.cuts(copy, PAGE, bits, self._bounds[bits]))
         copy[:] = bytes(len(copy))  # plaintext must not stay on the heap
         return found
+
+    def exits(self) -> set[int]:
+        """Addresses before which the engine must end a block."""
+        return self.fatal | self.cuts
 
     def look(self) -> None:
         """What stands here now is the guest's own doing."""
@@ -99,7 +108,7 @@ class CodeCache:
         self._pages: dict[int, CodePage] = {}  # by virtual page
         self.pointers: dict[int, set[int]] = {}  # where our process sees a page -> its virtual pages
         self.mixed: set[int] = set()  # virtual pages that are executed and stored to
-        self._fatal: set[int] = set()
+        self._exits: set[int] = set()  # fatal addresses and cuts
         self._hooks: dict[int, int] = {}
         self._store_hooks: list[int] = []
         self._overflow = False
@@ -122,9 +131,9 @@ class CodeCache:
                 self.pointers[pointer] = set()
                 self._store_hooks.append(self._native.hook_stores_at(address))
             self.pointers[pointer].add(va)
-            known = va in self._hooks, va in self._fatal
+            known = va in self._hooks, va in self._exits
             self._hook(va, page)
-            if (va in self._hooks, va in self._fatal) != known:
+            if (va in self._hooks, va in self._exits) != known:
                 # A block may come from the page before: the engine looked for a hook here before it asked for the page.
                 self.stale = True
                 raise Retranslate
@@ -132,7 +141,7 @@ class CodeCache:
         if before is not None and before.tail != page.head():
             # An instruction may reach from the page before into this one, and was scanned without it.
             self._pages[va - PAGE] = again = CodePage(va - PAGE, before.pointer, page.head(), self.secret, self.watch_flags)
-            if again.stops - before.stops or again.watches - before.watches or again.fatal - before.fatal:
+            if again.stops - before.stops or again.watches - before.watches or again.exits() - before.exits():
                 self._hook(va - PAGE, again)
                 self.stale = True
                 raise Retranslate
@@ -155,10 +164,11 @@ class CodeCache:
         for offset in page.watches:
             if va + offset not in self._hooks:
                 self._add(va + offset, True)
-        if not page.fatal <= self._fatal:
-            self._fatal |= page.fatal
-            self._native.set_exits(self._fatal)
-        self._overflow = len(self._hooks) + len(self._fatal) > _MAX_HOOKS
+        exits = page.exits()
+        if not exits <= self._exits:
+            self._exits |= exits
+            self._native.set_exits(self._exits)
+        self._overflow = len(self._hooks) + len(self._exits) > _MAX_HOOKS
 
     def site(self, va: int, bits: int) -> Site | None:
         """The sensitive instruction at `va` in code of this width, if the code there is what was scanned."""
@@ -179,7 +189,7 @@ class CodeCache:
 
     def hooked(self, va: int) -> bool:
         """Would the engine stop at this address?"""
-        return va in self._hooks
+        return va in self._hooks or va in self._exits
 
     def look(self) -> None:
         """The engine has stopped: what the guest made of mixed pages is its own doing."""
@@ -209,7 +219,7 @@ class CodeCache:
         try:
             for handle in (*hooks.values(), *self._store_hooks):
                 self._native.unhook(handle)
-            if self._fatal:
+            if self._exits:
                 self._native.set_exits(())
         finally:
             self._flushing = False
@@ -217,7 +227,7 @@ class CodeCache:
         self.pointers.clear()
         self.mixed.clear()
         self._store_hooks.clear()
-        self._fatal.clear()
+        self._exits.clear()
         self._overflow = self.stale = False
         self._native.flush_code()
         self._native.flush_tlb()

@@ -7,6 +7,7 @@ Found by comparing random snippets with a processor (tests/differential) and by 
 - CMPXCHG8B and CMPXCHG16B compute flags from what the engine brings up to date only before a hook: they get one that does
   nothing (they are *watched*, see scan.py).
 - PCMPESTRM and PCMPESTRI with lengths that do not fit 32 bits read far outside their operands.
+- An instruction with a VEX prefix it executes as the one without.
 - SSSE3 instructions on MMX registers with REX.R write behind the registers.
 """
 
@@ -25,6 +26,7 @@ _ABORTS = [
 ]
 _WILD_MMX = re.compile(rb"[\x44-\x47\x4c-\x4f]\x0f(?:\x38[\x00-\x0b\x1c-\x1e]|\x3a\x0f)", re.DOTALL)
 _WIDE_EXCHANGE = re.compile(rb"\x0f\xc7[\x08-\x0f\x48-\x4f\x88-\x8f]", re.DOTALL)
+_VEX_64, _VEX = re.compile(rb"[\xc4\xc5]"), re.compile(rb"[\xc4\xc5](?=[\xc0-\xff])")
 _EXPLICIT_LENGTH = re.compile(rb"\x0f\x3a[\x60\x61]", re.DOTALL)
 # Opcode -> extensions (bits by ModRM.reg) that take LOCK. Source: AMD64 Architecture Programmer's Manual, volume 3, 1.2.5.
 _LOCKABLE = {
@@ -43,6 +45,7 @@ def find(code: bytes | bytearray, usable: int, bits: int, flags: bool = False) -
     _find_locked(code, usable, bits, sites)
     _find_lazy(code, usable, bits, sites)
     _find_explicit_lengths(code, usable, bits, sites)
+    _find_vex(code, usable, bits, sites)
     if bits == 64:
         _find_wild_mmx(code, usable, sites)
     return sites
@@ -57,6 +60,16 @@ def _starts(code: bytes | bytearray, opcode_at: int, usable: int, bits: int) -> 
         if start == 0 or opcode_at - start >= MAX_LENGTH - 1 or code[start - 1] not in prefixes:
             return
         start -= 1
+
+
+def _find_vex(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:
+    """Add instructions with a VEX prefix, which a processor without AVX does not know: #UD. The engine takes each for what it
+    is without the prefix, and would execute a privileged one unseen. Outside 64-bit code C4 and C5 are LES and LDS before an
+    operand in memory.
+    """
+    for match in (_VEX_64 if bits == 64 else _VEX).finditer(code):
+        for start in _starts(code, match.start(), usable, bits):
+            sites[start] = Site("undefined", 1)
 
 
 def _find_lazy(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:

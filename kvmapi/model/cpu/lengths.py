@@ -38,6 +38,7 @@ _IMM8_0F = _members("0f 70-73 a4 ac ba c2 c4-c6")
 _ENDS_0F = _members("05 07 0b 34 35 80-8f")
 _REGISTERS_0F = _members("20-23 50 71-73 78")  # ModRM means registers, whatever it says
 _EXTRACT = 0x78  # with 66 or F2: EXTRQ and INSERTQ
+_MMX_MOVES = 0xD6  # with F2 or F3: between MMX and SSE registers
 LEAKS_0F = _members("20 70 78 a1 a9 b2 b4 b5 c6")
 LEAKS_0F38 = _members("f0 f1")
 _LEAKS_64 = _members("8e")
@@ -83,7 +84,7 @@ class Width:
         if bits == 64 and 0x40 <= opcode < 0x50:
             return PREFIX if opcode < 0x48 else SLOW
         if opcode in _LEGACY:
-            return SLOW if opcode in (0x66, 0x67, 0xF2) else PREFIX
+            return SLOW if opcode in (0x66, 0x67, 0xF2, 0xF3) else PREFIX
         if opcode in (0x0F, _ENTER) or opcode in _MODRM or opcode in self._leaks:
             return SLOW
         if opcode in _OFFSETS:
@@ -97,8 +98,8 @@ class Width:
         must be some 30 bytes more.
         """
         bits, at = self.bits, start
-        narrow = repeat = other = False
-        rex = 0
+        narrow = other = False
+        rex = repeat = 0
         opcode = code[at]
         while opcode in _LEGACY or (bits == 64 and 0x40 <= opcode < 0x50):
             rex = 0
@@ -106,9 +107,9 @@ class Width:
                 narrow = True
             elif opcode == 0x67:
                 other = True
-            elif opcode == 0xF2:
-                repeat = True
-            elif opcode < 0x50 and opcode >= 0x40:
+            elif opcode >= 0xF2:
+                repeat = opcode
+            elif 0x40 <= opcode < 0x50:
                 rex = opcode
             at += 1
             if at - start >= MAX_LENGTH:
@@ -117,7 +118,7 @@ class Width:
         at += 1
         address = (4 if bits != 32 else 2) if other else bits // 8
         if opcode == 0x0F:
-            at, leak = _two_bytes(code, at, address, narrow or repeat)
+            at, leak = _two_bytes(code, at, address, 0x66 if narrow else repeat)
         elif opcode in (0xC4, 0xC5) and bits != 16 and code[at] >= (0 if bits == 64 else 0xC0):
             at, leak = _vex(code, at, address, opcode == 0xC4)
         elif opcode in self._ends:
@@ -152,8 +153,10 @@ def operand(code: bytes | bytearray, at: int, address: int) -> int:
     return size + 4 if address != 2 and modrm & 0xC7 == 4 and code[at + 1] & 7 == 5 else size
 
 
-def _two_bytes(code: bytes | bytearray, at: int, address: int, extract: bool) -> tuple[int, int]:
-    """The end of what has 0F before `at`, and its leak. The end is 0 where a block ends."""
+def _two_bytes(code: bytes | bytearray, at: int, address: int, prefix: int) -> tuple[int, int]:
+    """The end of what has 0F before `at`, and its leak. The end is 0 where a block ends. `prefix` is the one of 66, F2 and F3
+    that selects the instruction, or 0.
+    """
     opcode = code[at]
     if opcode == 0x38:
         return at + 2 + operand(code, at + 2, address), int(code[at + 1] in LEAKS_0F38)
@@ -165,9 +168,9 @@ def _two_bytes(code: bytes | bytearray, at: int, address: int, extract: bool) ->
     at += 1
     if opcode in _PLAIN_0F:
         return at, leak
-    at += 1 if opcode in _REGISTERS_0F else operand(code, at, address)
+    at += 1 if opcode in _REGISTERS_0F or (opcode == _MMX_MOVES and prefix >= 0xF2) else operand(code, at, address)
     if opcode == _EXTRACT:
-        return (at + 2, 2) if extract else (0, 0)
+        return (at + 2, 2) if prefix in (0x66, 0xF2) else (0, 0)
     return at + (opcode in _IMM8_0F), leak
 
 
@@ -175,10 +178,10 @@ def _vex(code: bytes | bytearray, at: int, address: int, three: bool) -> tuple[i
     """The same for what has C4 or C5 before `at`."""
     payload = code[at + three]
     at += 1 + three
-    extract = bool(payload & 1)
+    prefix = (0, 0x66, 0xF3, 0xF2)[payload & 3]
     table = code[at - 2] & 31 if three else 1
     if table == 1:
-        return _two_bytes(code, at, address, extract)
+        return _two_bytes(code, at, address, prefix)
     if table == 2:
         return at + 1 + operand(code, at + 1, address), int(code[at] in LEAKS_0F38)
     return (at + 2 + operand(code, at + 1, address), 1) if table == 3 else (0, 0)

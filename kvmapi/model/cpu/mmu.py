@@ -148,8 +148,9 @@ class Mmu:
                     break
                 self._drop_all()
         except Exception as why:  # nothing may be raised through the engine's C frames: the run loop sorts it out
-            self.fetching, self.refused_page = kind == uc.UC_MEM_FETCH, va
-            self.fault = why
+            if self.fault is None:  # after a run the engine looks for code at exits: what that meets is nothing
+                self.fetching, self.refused_page = kind == uc.UC_MEM_FETCH, va
+                self.fault = why
             return False
         return True
 
