@@ -100,7 +100,7 @@ def test_snippets(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[
     ("break_it", "said"),
     [
         ("os.abort()", "ends the process with status -6 in KVM_RUN"),
-        ("time.sleep(3600)", "hangs for 1 s in KVM_RUN"),
+        ("time.sleep(3600)", "hangs for 10 s in KVM_RUN"),
         ("raise ValueError('not typed')", "ValueError: not typed"),
     ],
 )
@@ -125,7 +125,7 @@ def _run(self):
 hostile.Machine.one, Vcpu.run = _one, _run
 """
     monkeypatch.setattr(snippets, "_CHILD", snippets._CHILD.replace("from fuzzlib.snippets", f"exec({broken!r}); from fuzzlib.snippets"))
-    monkeypatch.setattr(snippets, "HANG", 1.0 if "sleep" in break_it else 30.0)
+    monkeypatch.setattr(snippets, "HANG", 10.0 if "sleep" in break_it else 30.0)
     assert run(monkeypatch, "snippets", "--count", "6", "--seed", "3", "--processes", "1") == 1
     captured = capfd.readouterr()
     summary = json.loads(captured.out)
