@@ -62,7 +62,7 @@ def decode(code: bytes, bits: int) -> Decoded:
     while at < min(len(code), 15) and code[at] in _LEGACY:
         at += 1
     prefixes, rex = code[:at], 0
-    while bits == 64 and at < min(len(code), 15) and (code[at] & 0xF0 == 0x40 or (rex and code[at] in _LEGACY)):
+    while bits == 64 and at < min(len(code), 15) and (code[at] & 0xF0 == 0x40 or code[at] in _LEGACY):
         rex = code[at] if code[at] & 0xF0 == 0x40 else 0
         if not rex:
             prefixes += code[at : at + 1]
@@ -83,6 +83,8 @@ def decode(code: bytes, bits: int) -> Decoded:
 
 def effect(code: bytes, bits: int, cl: int | None = None) -> Effect:
     """Of the instruction at the beginning of `code`. `cl`: the count in CL, if known."""
+    if all(byte in _LEGACY or (bits == 64 and byte & 0xF0 == 0x40) for byte in code):
+        return Effect()  # prefixes of the INT3 behind the snippet
     parts = decode(code, bits)
     if bits == 32 and set(parts.prefixes) & {0x2E, 0x64, 0x65}:
         return Effect(left_out="null selectors, and stores through CS: a compatibility segment's own checks")
@@ -172,6 +174,8 @@ def _one_byte(parts: Decoded, code: bytes, bits: int, cl: int | None) -> Effect:
         return Effect()  # a count of 0 leaves the flags alone
     if opcode == 0x63 and bits == 32:
         return Effect(0, ZF)
+    if opcode in (0xC6, 0xC7) and parts.modrm == 0xF8:
+        return Effect(left_out="XABORT, XBEGIN: not offered")
     if opcode == 0x8F and parts.reg:
         return Effect(left_out="XOP, or undefined")
     if opcode == 0x90 and parts.rex & 1 and 0xF3 in parts.prefixes:
@@ -245,6 +249,8 @@ def _two_bytes(parts: Decoded, code: bytes, bits: int, cl: int | None) -> Effect
         return Effect(0, STATUS) if 0xF3 in parts.prefixes else Effect(left_out="JMPE: reserved")
     if opcode in (0xBC, 0xBD):
         return _COUNT if 0xF3 in parts.prefixes else Effect(0, ZF, STATUS & ~ZF)
+    if opcode in (0xB4, 0xB5) and parts.rex & 8:
+        return Effect(left_out="far pointers of 64 bits are Intel's")
     if opcode == 0xAE:
         return _group15(parts)
     if opcode == 0xC7:
@@ -278,19 +284,12 @@ def _group15(parts: Decoded) -> Effect:
 _MAP38 = frozenset((*range(12), 0x10, 0x14, 0x15, 0x17, 0x1C, 0x1D, 0x1E, *range(0x20, 0x26), *range(0x28, 0x2C), *range(0x30, 0x36),
                     *range(0x37, 0x42), 0xDB, 0xDC, 0xDD, 0xDE, 0xDF, 0xF0, 0xF1))  # fmt: skip
 _MAP3A = frozenset((*range(8, 16), *range(0x14, 0x18), 0x20, 0x21, 0x22, 0x40, 0x41, 0x42, 0x44, *range(0x60, 0x64), 0xDF))
-_BMI = {
-    0xF2: Effect(0, STATUS & ~(AF | PF), AF | PF), 0xF3: Effect(0, STATUS & ~(AF | PF), AF | PF),
-    0xF5: Effect(0, STATUS & ~(AF | PF), AF | PF), 0xF6: Effect(), 0xF7: Effect(0, STATUS & ~(AF | PF | SF), AF | PF | SF),
-}  # fmt: skip
 
 
 def _long_opcode(parts: Decoded) -> Effect:
     opcode = parts.opcode
     if parts.map == 5:
-        kind, low, pp = opcode >> 8 & 0xFFFF, opcode & 0xFF, opcode >> 24
-        if (kind == 0xC402 and low in _BMI) or (kind == 0xC403 and low == 0xF0):
-            return _BMI[low] if kind == 0xC402 and not pp else Effect()
-        return Effect(left_out="AVX, XOP: not offered")
+        return Effect(left_out="BMI, AVX, XOP: not offered")
     if parts.map == 4:
         if opcode in (0x60, 0x61, 0x62, 0x63):
             return Effect(0, STATUS)

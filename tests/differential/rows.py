@@ -349,7 +349,8 @@ ROWS: dict[str, str] = {
         *_sse("d6", "f3 f2", "/r x -"),
         *_sse("e7", "none", "/r m -"),
         *_sse("f7", "none", "/r x -"),
-        *_sse("d7 c5", "none", "/r x ib D"),
+        *_sse("d7", "none", "/r x D"),
+        *_sse("c5", "none", "/r x ib D"),
     ),
     "x87": _lines(
         *(f"d8/{n} d8 /{n} -" for n in range(8)),

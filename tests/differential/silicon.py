@@ -23,7 +23,7 @@ from tests.differential.traced import CODE, CODE_SIZE, DATA, DATA_SIZE, DIED, FI
 
 NAMES = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
 GROUPS = {
-    "alu": 10, "shift": 10, "multiply": 6, "bit": 10, "move": 10, "flags": 6, "stack": 6, "string": 5, "bmi": 5, "segment": 3, "faults": 3,
+    "alu": 10, "shift": 10, "multiply": 6, "bit": 10, "move": 10, "flags": 6, "stack": 6, "string": 5, "segment": 3, "faults": 3,
     "sse_move": 5, "sse_integer": 6, "sse_float": 8, "mmx": 4, "x87": 6, "x87_functions": 0, "wild": 12, "bytes": 8,
 }  # fmt: skip
 """Groups of templates and how often each is taken."""
@@ -47,6 +47,7 @@ class Snippet:
     data: bytes
     entry: int = _ENTRY
     whole: bool = False  # random bytes: boundaries are not known
+    ended: tuple[Result, Result] | None = field(default=None, repr=False, compare=False)  # of the model and the processor, once judged
 
     @property
     def code(self) -> bytes:
@@ -198,13 +199,17 @@ class Bench:
         """
         if one.whole:
             one = self._cut(one)
+            with_compares, _ = prepare(one)
+            if with_compares.parts != one.parts:  # other flags: other ways
+                one = self._cut(replace(with_compares, whole=True))
         one, defined = prepare(one)
         if not one.parts:
             return {}, one
         real = self.on_processor(one)
-        if real.stop.vector in (DIED, SYSCALL):
+        if real.stop.vector in (DIED, SYSCALL) or self._is_int1(real):
             return {}, one
         made = self.on_model(one)
+        one = replace(one, ended=(made, real))
         mask = defined.get(real.fields["rip"], _COMPARED & ~STATUS)
         for side in (real, made):
             side.fields["rflags"] &= mask
@@ -212,6 +217,11 @@ class Bench:
             same = real.stop.vector == made.stop.vector
             return ({} if same else {"vector": (made.stop.vector, real.stop.vector)}), one
         return {name: (made.fields[name], value) for name, value in real.fields.items() if made.fields[name] != value}, one
+
+    def _is_int1(self, real: Result) -> bool:
+        """Was that INT1, behind a jump that was taken when the bytes were cut?"""
+        at = real.fields["rip"] - 1 - CODE
+        return real.stop.vector == 3 and 0 <= at < CODE_SIZE and self.traced.areas[CODE][at] == 0xF1
 
     def _cut(self, one: Snippet) -> Snippet:
         """Random bytes as instructions, as far as the processor executes them and they can be compared."""
@@ -227,10 +237,11 @@ class Bench:
             at = rip - one.entry
             if rip != expected or not 0 <= at < len(one.code):
                 break
-            length = after - rip if 0 < after - rip <= 15 and after - one.entry <= len(one.code) else len(one.code) - at
+            plain = 0 < after - rip <= 15 and after - one.entry <= len(one.code)
+            length = after - rip if plain else len(one.code) - at
             if effect(code[at:], one.bits).left_out:
                 break
-            parts.append((names.get(at, "bytes"), code[at : at + length]))
+            parts.append((names.get(at, "bytes") if plain else "bytes", code[at : at + length]))
             expected = rip + length
         return replace(one, parts=tuple(parts), whole=False)
 
@@ -302,7 +313,8 @@ class Bench:
         while again and len(ran.parts) > 1:
             again = False
             for number in range(len(ran.parts)):
-                fewer = replace(ran, parts=ran.parts[:number] + ran.parts[number + 1 :])
+                rest = ran.parts[:number] + ran.parts[number + 1 :]
+                fewer = replace(ran, parts=rest, whole=any(name in ("bytes", "wild") for name, _ in rest))
                 differing, rerun = self.judge(fewer)
                 if names & set(differing) and len(rerun.parts) < len(ran.parts):
                     found, ran, again = differing, rerun, True

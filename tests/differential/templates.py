@@ -116,7 +116,7 @@ def build(rng: random.Random, row: Row, about: Pointers) -> bytes:
     if bits == 64 and not rex and rng.random() < 0.1:
         head = b"\x40"
     if rng.random() < 0.02 and bits == 64:
-        prefixes += rng.choice((b"\x2e", b"\x3e", b"\x26", b"\x66", b"\x36"))
+        prefixes += rng.choice((b"\x2e", b"\x3e", b"\x26", b"\x36", b"\x26" if "iz" in forms else b"\x66"))
     return prefixes + row.prefix + head + bytes(opcode) + tail
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import struct
 import time
 from collections import Counter
 from dataclasses import replace
@@ -23,7 +24,7 @@ from kvmapi.model.host import ModelHost
 from tests.differential.conftest import DEEP
 from tests.differential.opcodes import CF, OF, STATUS, effect
 from tests.differential.ringed import Ringed
-from tests.differential.silicon import GROUPS, NAMES, Bench, Snippet, snippet
+from tests.differential.silicon import GROUPS, NAMES, Bench, Result, Snippet, snippet
 from tests.differential.silicon_known import RULES, rule_for
 from tests.differential.traced import CODE, DATA, DIED, STACK, SYSCALL, TIMEOUT, Traced
 
@@ -103,6 +104,37 @@ def test_the_judge_sees_a_wrong_model(bench: Bench, monkeypatch: pytest.MonkeyPa
     assert rule_for(smaller, differing) is None
 
 
+_NUMBERS = struct.pack("<HHBx26x", 0x37F, 0, 0xFF).ljust(32, b"\0")[:24] + struct.pack("<II", 0x1F80, 0) + b"".join(
+    struct.pack("<QH6x", 1 << 63 | n << 40, 0x3FFF + n) for n in range(8)
+) + b"".join(struct.pack("<4f", n + 1.5, 2.25, -3.0, n) for n in range(16)) + bytes(96)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("code", "field", "at"),
+    [
+        ("01d8", "rax", 0), ("01d8", "rflags", 0x10), ("0fa4d805", "rflags", 1), ("660f3800c1", "xmm", 3), ("660f3800c1", "mxcsr", 0),
+        ("d8c1", "st", 0), ("d8c1", "st", 9), ("d8c1", "fsw", 0x4000), ("d8c9", "ftw", 1), ("0f58c1", "xmm", 3), ("f20f5ec1", "xmm", 0),
+        ("0f58c1", "mxcsr", 0x2000), ("0f58c1", "rip", 1), ("9ed8c1", "rflags", 1), ("0ffcc1", "st", 2), ("dfe8", "rflags", 1),
+        ("58", "rsp", 8), ("d9fa", "st", 0), ("8900", "data", 5), ("0f1100", "data", 5), ("dd10", "data", 5), ("f7f1", "rdx", 0),
+    ],
+)  # fmt: skip
+def test_no_rule_hides_an_error(bench: Bench, monkeypatch: pytest.MonkeyPatch, code: str, field: str, at: int) -> None:
+    """A wrong value in this field, with ordinary operands: no rule explains it. `at` is the byte that is changed, or the bit."""
+    one = replace(plain(code, rax=DATA, rbx=7, rcx=5, rdi=DATA), image=_NUMBERS)
+    before = bench.on_model
+
+    def wrong(snippet: Snippet) -> Result:
+        made = before(snippet)
+        value = made.fields[field]
+        made.fields[field] = value ^ (at or 1) if isinstance(value, int) else value[:at] + bytes([value[at] ^ 1]) + value[at + 1 :]
+        return made
+
+    monkeypatch.setattr(bench, "on_model", wrong)
+    differing, ran = bench.judge(one)
+    assert field in differing
+    assert rule_for(ran, differing) is None
+
+
 @pytest.mark.parametrize(
     ("code", "bits", "registers", "vector", "error", "cr2"),
     [
@@ -124,6 +156,30 @@ def test_faults(bench: Bench, code: str, bits: int, registers: dict[str, int], v
     one = plain(code, bits, **registers)
     for side in (bench.on_processor(one), bench.on_model(one)):
         assert (side.stop.vector, side.fields["error"], side.fields["cr2"]) == (vector, error, cr2)
+
+
+@pytest.mark.parametrize("bits", [64, 32])
+@pytest.mark.parametrize("code", ["39d1e180", "39d1e080", "39d167e1c0", "39d1e0807600", "660f3a610008", "660f3a601008"])
+def test_what_needs_a_step(bench: Bench, code: str, bits: int) -> None:
+    """LOOPE and LOOPNE leave the flags of the CMP before them; a length of PCMPESTRI that is an address stays one."""
+    assert bench.judge(plain(code, bits, rax=DATA, rcx=1, rdx=DATA))[0] == {}
+
+
+@pytest.mark.parametrize("operation", [1, 2, 3, 5, 6, 7])
+@pytest.mark.parametrize("code", ["660f38{}c0", "660f38{}db", "66450f38{}c9", "66410f38{}c9", "66440f38{}c9", "0f38{}d2", "66400f38{}d2"])
+def test_horizontal_sums(bench: Bench, code: str, operation: int) -> None:
+    """Of a register with itself, and with one whose number differs in the fourth bit only."""
+    differing = bench.judge(replace(plain(code.format(f"{operation:02x}")), image=_NUMBERS))[0]
+    assert not set(differing) - ({"st", "ftw", "fsw"} if code.startswith("0f") else set())
+    if "st" in differing:
+        assert all(differing["st"][0][at : at + 8] == differing["st"][1][at : at + 8] for at in range(0, 80, 10))
+
+
+@pytest.mark.parametrize("code", ["c500", "c400"])
+def test_a_segment_load_that_is_stepped(bench: Bench, code: str) -> None:
+    """LDS and LES have a hook, as the same bytes are VEX prefixes in 64-bit code: a step reads the GDT as the processor does."""
+    one = replace(plain(code, 32, rax=DATA), data=b"\0\0\0\0\x10\0".ljust(0x2000, b"\0"))
+    assert bench.judge(one)[0] == {} and bench.on_model(one).stop[:2] == (13, 0x10)
 
 
 @pytest.mark.parametrize("code", ["0f05", "cd80", "0f34"])
@@ -154,7 +210,8 @@ def test_effects() -> None:
     assert effect(bytes.fromhex("c1e003"), 64).undefined == OF | 0x10
     assert effect(bytes.fromhex("d3e0"), 64, 0)[:3] == (0, 0, 0)
     assert effect(bytes.fromhex("480fbcc3"), 64).defines == 0x40
-    assert effect(bytes.fromhex("c4e278f5c3"), 64).defines == STATUS & ~0x14
+    assert effect(bytes.fromhex("4f656669e90080"), 64).defines == CF | OF
+    assert effect(bytes.fromhex("c4e278f5c3"), 64).left_out and effect(bytes.fromhex("490fb503"), 64).left_out
     assert effect(bytes.fromhex("c5f858c1"), 64).left_out and effect(bytes.fromhex("0f05"), 64).left_out
 
 

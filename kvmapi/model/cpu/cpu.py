@@ -205,6 +205,9 @@ class Cpu:
     def try_step(self, watch: Watch, scratch_gpa: int) -> None:
         """The same with a scratch page at `scratch_gpa`, and nothing kept until `stepper.commit`."""
         self.mmu.fault, self.event, self.stepped = None, -1, True
+        if hazards.aborts(self.code_here(), 0, self.registers.code_bits):  # it need not be the instruction that was tried before
+            self.event = _UD
+            return
         self.stepper.run(watch, scratch_gpa=scratch_gpa)
 
     def fault_address(self) -> int:

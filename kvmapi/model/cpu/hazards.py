@@ -6,6 +6,10 @@ Found by comparing random snippets with a processor (tests/differential) and by 
   its code generator aborts the process: those (`fatal`) are exits of the engine, which it does not translate.
 - CMPXCHG8B and CMPXCHG16B compute flags from what the engine brings up to date only before a hook: they get one that does
   nothing (they are *watched*, see scan.py).
+- LOOPE and LOOPNE whose count ends leave flags that the engine computes of the wrong instruction, unless they begin a block: they are
+  executed alone.
+- PHADDW and its like of a register with itself, as every sum over a register has them, read what they have just written: the lower
+  half is right, and the upper one, which is the same, is copied from it.
 - PCMPESTRM and PCMPESTRI with lengths that do not fit 32 bits read far outside their operands.
 - An instruction with a VEX prefix it executes as the one without.
 - SSSE3 instructions on MMX registers with REX.R write behind the registers.
@@ -27,6 +31,8 @@ _ABORTS = [
 _WILD_MMX = re.compile(rb"[\x44-\x47\x4c-\x4f]\x0f(?:\x38[\x00-\x0b\x1c-\x1e]|\x3a\x0f)", re.DOTALL)
 _WIDE_EXCHANGE = re.compile(rb"\x0f\xc7[\x08-\x0f\x48-\x4f\x88-\x8f]", re.DOTALL)
 _VEX_64, _VEX = re.compile(rb"[\xc4\xc5]"), re.compile(rb"[\xc4\xc5](?=[\xc0-\xff])")
+_HORIZONTAL = re.compile(rb"\x0f\x38[\x01-\x03\x05-\x07][\xc0\xc9\xd2\xdb\xe4\xed\xf6\xff]", re.DOTALL)
+_LOOP_WHILE = re.compile(rb"[\xe0\xe1][\x80-\xff]", re.DOTALL)
 _EXPLICIT_LENGTH = re.compile(rb"\x0f\x3a[\x60\x61]", re.DOTALL)
 # Opcode -> extensions (bits by ModRM.reg) that take LOCK. Source: AMD64 Architecture Programmer's Manual, volume 3, 1.2.5.
 _LOCKABLE = {
@@ -45,6 +51,8 @@ def find(code: bytes | bytearray, usable: int, bits: int, flags: bool = False) -
     _find_locked(code, usable, bits, sites)
     _find_lazy(code, usable, bits, sites)
     _find_explicit_lengths(code, usable, bits, sites)
+    _find_loops(code, usable, bits, sites)
+    _find_horizontal(code, usable, bits, sites)
     _find_vex(code, usable, bits, sites)
     if bits == 64:
         _find_wild_mmx(code, usable, sites)
@@ -79,6 +87,26 @@ def _find_lazy(code: bytes | bytearray, usable: int, bits: int, sites: dict[int,
     for match in _WIDE_EXCHANGE.finditer(code):
         for start in _starts(code, match.start(), usable, bits):
             sites.setdefault(start, Site("lazy", match.end() - start))
+
+
+def _find_horizontal(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:
+    """Add PHADDW, PHADDD, PHADDSW, PHSUBW, PHSUBD and PHSUBSW of a register with itself. `size` is the register's in bytes."""
+    for match in _HORIZONTAL.finditer(code):
+        at = match.start()
+        rex = code[at - 1] if bits == 64 and at and code[at - 1] in REX else 0
+        for start in _starts(code, at, usable, bits):
+            counts = rex if start < at else 0
+            wide = 0x66 in code[start:at]
+            if not wide or (counts >> 2 ^ counts) & 1 == 0:
+                number = code[at + 3] & 7 | ((counts & 1) << 3 if wide else 0)
+                sites[start] = Site("horizontal", match.end() - start, 16 if wide else 8, register=number)
+
+
+def _find_loops(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:
+    """Add LOOPE and LOOPNE that jump backward. One that jumps forward is no loop, and its bytes are common in other instructions."""
+    for match in _LOOP_WHILE.finditer(code):
+        for start in _starts(code, match.start(), usable, bits):
+            sites.setdefault(start, Site("alone", match.end() - start))
 
 
 def _find_explicit_lengths(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:

@@ -176,11 +176,11 @@ class Native:
         """Run from `rip` until a hook stops it; a UC_ERR_* number. Releases the GIL."""
         return _start(self.handle, rip, 0, 0, 0)
 
-    def end_blocks_after(self, linear: int) -> None:
-        """Translate no further than the instruction at the linear address `linear`: whatever follows in its page is an
-        exit. (After a run the engine looks at the byte before each exit: none may be in another page.)
+    def end_blocks_after(self, linear: int, fetchable: int) -> None:
+        """Translate no further than the instruction at the linear address `linear`, of which `fetchable` bytes can be fetched:
+        whatever follows is an exit. (After a run the engine looks at the byte before each exit: it must be there.)
         """
-        self.set_exits(range(linear + 1, linear + 1 + min(_LONGEST, mmap.PAGESIZE - linear % mmap.PAGESIZE)))
+        self.set_exits(range(linear + 1, linear + 1 + min(_LONGEST, fetchable)))
 
     def quieten(self, offset: int) -> None:
         """Do not look for stop requests after each memory access, which costs as much as the access: stop stubs leave by

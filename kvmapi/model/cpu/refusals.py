@@ -108,7 +108,7 @@ class Refusals:
         rights, and the engine's TLB does not say who asks.
         """
         cpu = self._cpu
-        if fault.error is None or fault.error & (PF_P | PF_U) != PF_P | PF_U or cpu.stepped:
+        if fault.error is None or fault.error & (PF_P | PF_U) != PF_P | PF_U or (cpu.stepped and cpu.stepper.system):
             return False
         tables = (cpu.registers.segment(number) for number in (GDT, LDT, TR, IDT))
         if not any(0 <= fault.address - table.base <= table.limit for table in tables):

@@ -36,7 +36,7 @@ class Stepper:
         self._native: Native | None = None
         self._memory: EngineMemory | None = None
         self._scratch_gpa = -1
-        self._system = False
+        self.system = False
         self._stored = False
         self._generation = -1
 
@@ -66,11 +66,11 @@ class Stepper:
         user code's instruction reach supervisor pages, as the processor does when it reads descriptor tables.
         """
         cpu, native = self._cpu, self._native or self._make()
-        self._scratch_gpa, self._system, self._stored = scratch_gpa, system, False
+        self._scratch_gpa, self.system, self._stored = scratch_gpa, system, False
         self._generation = cpu.physical.generation
         if self._memory is not None:
             self._memory.drop_dead()
-        native.end_blocks_after(cpu.registers.linear_rip)  # a block may run into a page that the instruction does not
+        native.end_blocks_after(cpu.registers.linear_rip, len(cpu.code_here()))  # a block may run into a page that the instruction does not
         native.flush_code()
         native.flush_tlb()
         self._copy(cpu.native.state, native.state)
@@ -112,7 +112,7 @@ class Stepper:
         mmu, physical = self._cpu.mmu, self._cpu.physical
         write, fetch = kind == uc.UC_MEM_WRITE, kind == uc.UC_MEM_FETCH
         try:
-            gfn, private, _ = mmu.translate(va, write, fetch, user=self._cpu.registers.cpl == 3 and not self._system)
+            gfn, private, _ = mmu.translate(va, write, fetch, user=self._cpu.registers.cpl == 3 and not self.system)
             slot = TlbEntry.from_address(entry)
             if gfn << 12 == self._scratch_gpa:
                 slot.paddr, slot.perms = SCRATCH_AT, uc.UC_PROT_READ | uc.UC_PROT_WRITE
