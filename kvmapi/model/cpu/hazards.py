@@ -19,10 +19,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from kvmapi.model.cpu import scan
 from kvmapi.model.cpu.scan import LEGACY, LOCK, MAX_LENGTH, REX, REX_W, Site
 
+if TYPE_CHECKING:
+    from kvmapi.model.cpu.cpu import Cpu
+
+_RAX, _RDX = 0, 2
 _BIT_TEST = rb"\x0f(?:[\xa3\xab\xb3\xbb][\xc0-\xff]|\xba[\xe0-\xff])"  # BT BTS BTR BTC of a register
 _ABORTS = [
     re.compile(b"([" + re.escape(b"\x26\x2e\x36\x3e\x64\x65\x66\x67\xf0\xf2\xf3") + rex + b"]+)" + _BIT_TEST, re.DOTALL)
@@ -171,3 +176,39 @@ def fatal(code: bytes | bytearray, usable: int) -> set[int]:
         prefixes = match.group(1)
         found.update(match.start() + at for at in range(prefixes.rfind(LOCK) + 1))
     return {at for at in found if at < usable}
+
+
+# ---- executed by the stepper; each gives KVM_RUN's result, or None to go on
+def _explicit_lengths(cpu: Cpu, site: Site) -> int | None:
+    """PCMPESTRM or PCMPESTRI, with lengths that the engine can take. Beyond 16 all are the same. Lengths that it can take
+    stay as they are: the operand's address may be in their registers too.
+    """
+    registers, bits = cpu.registers, 64 if site.size == 8 else 32
+    kept = [(number, registers.gpr(number)) for number in (_RAX, _RDX)]
+    for number, value in kept:
+        low = value & (1 << bits) - 1
+        if min(low, (1 << bits) - low) >= 1 << 31:
+            registers.set_gpr(number, 16)
+    error = cpu.step()
+    for number, value in kept:
+        registers.set_gpr(number, value)
+    return cpu.after_step(error)
+
+
+def _alone(cpu: Cpu, site: Site) -> int | None:
+    """An instruction that the engine gets right when nothing stands before it in its block."""
+    return cpu.after_step(cpu.step(flush=False))
+
+
+def _horizontal(cpu: Cpu, site: Site) -> int | None:
+    """PHADDW or one of its kind, of a register with itself: both halves of the result are the same."""
+    registers, where = cpu.registers, cpu.where
+    before = registers.rip
+    result = cpu.after_step(cpu.step(flush=False))
+    if registers.rip == before + site.length & 0xFFFFFFFFFFFFFFFF:
+        at, half = (where.xmm + 64 * site.register, 8) if site.size == 16 else (where.fpregs + 16 * site.register, 4)
+        cpu.native.state[at + half : at + 2 * half] = cpu.native.state[at : at + half]
+    return result
+
+
+INSTRUCTIONS = {"pcmpestr": _explicit_lengths, "alone": _alone, "horizontal": _horizontal}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE
-from kvmapi.model.cpu import control, layout, ports, syscalls
+from kvmapi.model.cpu import control, hazards, layout, ports, syscalls
 from kvmapi.model.cpu.cpuid import OSXSAVE
 from kvmapi.model.cpu.mmu import Fault
 from kvmapi.model.cpu.msrs import TSC_AUX, NoSuchMsr
@@ -79,9 +79,7 @@ class Privileged:
             **dict.fromkeys(("rdtsc", "rdtscp"), self._rdtsc),
             **{kind: functools.partial(execute, cpu) for kind, execute in control.INSTRUCTIONS.items()},
             **dict.fromkeys(("syscall", "sysret", "sysenter", "sysexit"), self._system_call),
-            "pcmpestr": self._explicit_lengths,
-            "alone": self._alone,
-            "horizontal": self._horizontal,
+            **{kind: functools.partial(execute, cpu) for kind, execute in hazards.INSTRUCTIONS.items()},
             **dict.fromkeys(WATCHED, self._flags_instruction),
         }
 
@@ -233,35 +231,6 @@ class Privileged:
 
     _backwards = False
     _string_at = _string_count = 0
-
-    def _explicit_lengths(self, site: Site) -> int | None:
-        """PCMPESTRM or PCMPESTRI: execute it alone, with lengths that the engine can take. Beyond 16 all are the same. Lengths that it
-        can take stay as they are: the operand's address may be in their registers too.
-        """
-        registers, bits = self._registers, 64 if site.size == 8 else 32
-        kept = [(number, registers.gpr(number)) for number in (RAX, RDX)]
-        for number, value in kept:
-            low = value & (1 << bits) - 1
-            if min(low, (1 << bits) - low) >= 1 << 31:
-                registers.set_gpr(number, 16)
-        error = self._cpu.step()
-        for number, value in kept:
-            registers.set_gpr(number, value)
-        return self._cpu.after_step(error)
-
-    def _alone(self, site: Site) -> int | None:
-        """An instruction that the engine gets right when nothing stands before it in its block."""
-        return self._cpu.after_step(self._cpu.step(flush=False))
-
-    def _horizontal(self, site: Site) -> int | None:
-        """PHADDW or one of its kind, of a register with itself: both halves of the result are the same."""
-        cpu, where = self._cpu, self._cpu.where
-        before = self._registers.rip
-        result = cpu.after_step(cpu.step(flush=False))
-        if self._registers.rip == before + site.length & _U64:
-            at, half = (where.xmm + 64 * site.register, 8) if site.size == 16 else (where.fpregs + 16 * site.register, 4)
-            cpu.native.state[at + half : at + 2 * half] = cpu.native.state[at : at + half]
-        return result
 
     def _flags_instruction(self, site: Site) -> int | None:
         return self._cpu.events.flags_instruction(site)
