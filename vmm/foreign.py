@@ -31,7 +31,9 @@ _X2APIC, _TSC_DEADLINE = 1 << 21, 1 << 24
 
 
 class PcMmio:
-    """What answers the PC's MMIO exits: the test device's memory, and a local APIC where the host has none. The rest reads all ones."""
+    """What answers the PC's MMIO exits: the test device's memory, and a local APIC where the host has none. The rest
+    reads all ones.
+    """
 
     def __init__(self, apic: Apic | None = None) -> None:
         self.unknown = 0
@@ -80,7 +82,7 @@ class Pc:
         if self.in_kernel:
             if vm.check_extension(caps.KVM_CAP_SET_TSS_ADDR):
                 vm.ioctl(ioctls.KVM_SET_TSS_ADDR, TSS_PAGES)
-            vm.ioctl(ioctls.KVM_CREATE_IRQCHIP)
+            vm.create_irqchip()
 
     def add_devices(self, devices: Devices, vm: Vm | None = None) -> None:
         """Put the PC's devices on their ports; `vm` is whose interrupt lines the test device raises."""
@@ -101,7 +103,9 @@ class Pc:
         devices.mmio = PcMmio(None if self.in_kernel else Apic())
 
     def adjust_cpuid(self, cpuid: list[kvm_cpuid_entry2]) -> None:
-        """Take back what nobody here answers: x2APIC and its deadline timer, where the controllers are not the kernel's."""
+        """Take back what nobody here answers: x2APIC and its deadline timer, where the controllers are not the
+        kernel's.
+        """
         for entry in cpuid:
             if entry.function == 1 and not self.in_kernel:
                 entry.ecx &= ~(_X2APIC | _TSC_DEADLINE)

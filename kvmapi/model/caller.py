@@ -239,8 +239,3 @@ def own_memlock_limit() -> int | None:
                 return None
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return None if soft == resource.RLIM_INFINITY else soft
-
-
-def page_range(address: int, size: int) -> range:
-    """The page-aligned addresses that [address, address+size) touches."""
-    return range(address & -PAGE, address + size, PAGE)

@@ -97,7 +97,7 @@ class VcpuFile(File):
         self._reap()
 
     def _reap(self) -> None:
-        """Tear down once, when nobody is inside any more: whoever leaves last sees `_dead` and comes here."""
+        """Tear down once, when nobody is inside any more: whoever leaves last sees `dead` and comes here."""
         if self.mutex.acquire(blocking=False):
             try:
                 gone, self._gone = self._gone, True

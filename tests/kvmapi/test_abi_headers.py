@@ -169,7 +169,7 @@ NEWER_NUMBERS = {
     "KVM_SET_MEMORY_ATTRIBUTES": 0x4020AED2,
     "KVM_CREATE_GUEST_MEMFD": 0xC040AED4,
     "KVM_PRE_FAULT_MEMORY": 0xC040AED5,
-    # and what every kernel has, as the sheet spells it
+    # and what every kernel has
     "KVM_CREATE_VM": 0xAE01,
     "KVM_CHECK_EXTENSION": 0xAE03,
     "KVM_GET_VCPU_MMAP_SIZE": 0xAE04,

@@ -1,6 +1,6 @@
 """What only the model's CPU can get wrong: hypercalls, code that changes, kicks, atomics, slots that go away.
 
-The kernel here cannot be asked about hypercall exits, so these follow the sheet (arch/x86/kvm/x86.c).
+The kernel here cannot be asked about hypercall exits, so these follow the kernel's source (arch/x86/kvm/x86.c).
 """
 
 from __future__ import annotations

@@ -1,25 +1,28 @@
 """Where the engine must end a block, lest its translator run out of temporaries and take the process with it.
 
-Unicorn 2.1.4 translates up to 512 instructions as one block, with room for 512 temporaries, of which about 50 are always in
-use. Some instructions take one or two for a constant and do not give them back before the block ends: x87, SSE with an
-immediate, loads of segment registers and a few more. Nobody checks: some 230 x87 instructions in a row, which any
-guest can write and no compiler does, overwrite the engine's memory.
+A temporary is a slot for an intermediate value in the translator; what is used and not given back *leaks*.
+
+Unicorn 2.1.4 translates up to 512 instructions as one block, with room for 512 temporaries, of which about 50 are
+always in use. Some instructions take one or two for a constant and do not give them back before the block ends: x87,
+SSE with an immediate, loads of segment registers and a few more. Nobody checks: some 230 x87 instructions in a row,
+which any guest can write and no compiler does, overwrite the engine's memory.
 
 So some addresses are *cuts*: exits of the engine, at which it ends the block and stops; the model executes the one
 instruction there alone and goes on. What is kept true:
 
 - a block leaks at most `LIMIT` temporaries, wherever it starts: also in the middle of what somebody else would call an
   instruction;
-- blocks cross into the next page, but not through that (they end after 4064 bytes). The part of such a block in either page
-  leaks at most `SHARE`, so that each page can be judged alone, whatever the other one becomes. Instructions may reach into
-  a page by 14 bytes, so that a block may come in at any of the first 15;
+- blocks cross into the next page, but not through that (they end after 4064 bytes). The part of such a block in
+  either page leaks at most `SHARE`, so that each page can be judged alone, whatever the other one becomes.
+  Instructions may reach into a page by 14 bytes, so that a block may come in at any of the first 15;
 - no cut is at the first byte of a page, as the engine looks at the byte before each exit;
 - ordinary pages have no cuts, as each costs a stop.
 
-Three stages, each for what the one before does not clear: `count` the bytes that could be leaking instructions (in nearly
-every page of ordinary code all together stay below SHARE); follow the chains at the two ends of the page, which is enough
-up to LIMIT; follow all. A chain is what executing straight on from some offset would execute, by the lengths that lengths.py
-tells. It ends at a jump, call or return, and where the engine refuses an instruction; where that is in doubt, it goes on.
+Three stages, each for what the one before does not clear: `count` the bytes that could be leaking instructions (in
+nearly every page of ordinary code all together stay below SHARE); follow the chains at the two ends of the page,
+which is enough up to LIMIT; follow all. A chain is what executing straight on from some offset would execute, by the
+lengths that lengths.py tells. It ends at a jump, call or return, and where the engine refuses an instruction; where
+that is in doubt, it goes on.
 """
 
 from __future__ import annotations
@@ -53,8 +56,8 @@ def count(code: bytes | bytearray) -> dict[int, int]:
 
 
 def cuts(code: bytes | bytearray, usable: int, bits: int, bound: int | None = None) -> set[int]:
-    """Offsets in [1, usable) at which a block must end, in code of this width. `code` is a page and up to 14 bytes of the
-    next one; `bound` is what `count` says of it, if that is known already.
+    """Offsets in [1, usable) at which a block must end, in code of this width. `code` is a page and up to 14 bytes of
+    the next one; `bound` is what `count` says of it, if that is known already.
     """
     if bound is None:
         bound = count(code)[bits]
@@ -71,8 +74,8 @@ def cuts(code: bytes | bytearray, usable: int, bits: int, bound: int | None = No
 
 
 def _leaving(code: bytearray, usable: int, width: Width, *, whole: bool) -> set[int]:
-    """Cut what would leak more than LIMIT, where all beyond `usable` counts as SHARE. Goes backwards through the page; unless
-    `whole`, only until no chain from further up can leave the page.
+    """Cut what would leak more than LIMIT, where all beyond `usable` counts as SHARE. Goes backwards through the
+    page; unless `whole`, only until no chain from further up can leave the page.
     """
     quick, decode = width.quick, width.decode
     leaks = [0] * usable + [SHARE] * (MAX_LENGTH + 1)  # of the chain from here, were it no cut

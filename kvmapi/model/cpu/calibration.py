@@ -71,7 +71,7 @@ class _Probe:
 
 
 def run() -> Layout:
-    """All three steps; raises EngineMismatch."""
+    """All four steps; raises EngineMismatch."""
     native = Native()
     for register, (_, value) in _MARKS.items():
         native.write_register(register, value)

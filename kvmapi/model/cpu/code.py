@@ -6,16 +6,18 @@ are only added while translations live: the engine bakes a hook into a block whe
 there before, and an address may mean another instruction in another address space; what stands there *now* is looked
 up at the stop.
 
-Some bytes the engine must not even translate, because its code generator aborts at them (hazards.fatal): those addresses
-are made exits. So are those at which a block must end because the engine's translator would run out of room (blocks.cuts).
+Some bytes the engine must not even translate, because its code generator aborts at them (hazards.fatal): those
+addresses are made exits. So are those at which a block must end because the engine's translator would run out of room
+(blocks.cuts).
 
 Who may change code:
 
-- *The guest.* The engine voids the blocks that a store overlaps, but by default looks at the first store to a page only:
-  a hook on the page that never fires (`hook_stores_at`) keeps it looking. A page that is stored to loses its executable
-  TLB entries, so that it is scanned again before anything new is translated from it (mmu.py).
-- *The VMM, another vCPU, the model itself.* Before a vCPU goes on after others had their turn, the bytes of every code
-  page are compared with what they were when it stopped (0.3 µs a page), and any difference throws all translations away.
+- *The guest.* The engine voids the blocks that a store overlaps, but by default looks at the first store to a page
+  only: a hook on the page that never fires (`hook_stores_at`) keeps it looking. A page that is stored to loses its
+  executable TLB entries, so that it is scanned again before anything new is translated from it (mmu.py).
+- *The VMM, another vCPU, the model itself.* Before a vCPU goes on after others had their turn, the bytes of every
+  code page are compared with what they were when it stopped (0.3 µs a page), and any difference throws all
+  translations away.
 """
 
 from __future__ import annotations
@@ -116,8 +118,8 @@ class CodeCache:
         self.stale = False  # a block may have been translated without a hook that it needs: `flush_blocks` before going on
 
     def fetched(self, va: int, pointer: int, address: int) -> None:
-        """The engine is about to fetch from the page at `va`, which our process sees at `pointer`, and it at its physical
-        `address`. May be called from inside the engine. Raises Retranslate.
+        """The engine is about to fetch from the page at `va`, which our process sees at `pointer`, and it at its
+        physical `address`. May be called from inside the engine. Raises Retranslate.
         """
         if self._flushing:
             return

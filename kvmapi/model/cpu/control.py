@@ -1,9 +1,11 @@
-"""MOV to control and debug registers and XSETBV, with the checks a processor makes and the engine does not.
+"""MOV to control and debug registers, MOV from CR8, XSETBV and LTR, with the checks a processor makes and the engine
+does not.
 
-The scan finds these instructions like the other sensitive ones (CR2, DR0-DR3, LMSW and CLTS stay with the engine, which
-handles them as it should). Switching paging on and off moves the CPU into and out of long mode: EFER.LMA follows here.
-Source: AMD64 Architecture Programmer's Manual, volume 2, sections 3.1, 5.2, 5.3 and 14.6; what KVM checks in
-kvm_set_cr0, kvm_set_cr3, kvm_set_cr4, kvm_set_dr and kvm_set_xcr (arch/x86/kvm/x86.c).
+The scan finds these instructions like the other sensitive ones. MOV to CR2, MOV from the other control and from debug
+registers, LMSW and CLTS stay with the engine, which handles them as it should. Switching paging on and off moves the
+CPU into and out of long mode: EFER.LMA follows here. Source: AMD64 Architecture Programmer's Manual, volume 2,
+sections 3.1, 5.2, 5.3 and 14.6; what KVM checks in kvm_set_cr0, kvm_set_cr3, kvm_set_cr4, kvm_set_dr and kvm_set_xcr
+(arch/x86/kvm/x86.c).
 """
 
 from __future__ import annotations

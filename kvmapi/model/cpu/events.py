@@ -6,10 +6,10 @@ entry, whatever IF says: the VMM injects only when KVM told it that the guest ta
 (KVM_CREATE_IRQCHIP), what the local APIC has pending is delivered when the guest takes interrupts.
 
 Two things must be noticed while the guest runs: IF becoming 1 when an interrupt or a window waits for it, and IRET
-ending an NMI handler. From the first such wish on, the instructions that can do that (STI, POPF, IRET) are scanned for
-as well (`CodeCache.watch_flags`). They stop the engine only while a wish stands (stubs.py); each is then executed
-alone and looked at afterwards. Source: struct kvm_vcpu_events; kvm_vcpu_ioctl_x86_set_vcpu_events in arch/x86/kvm/x86.c for the
-checks.
+ending an NMI handler. From the first such wish on, the instructions that can do that (STI, POPF, IRET) are scanned
+for as well (`CodeCache.watch_flags`). They stop the engine only while a wish stands (stubs.py); each is then executed
+alone and looked at afterwards. Source: struct kvm_vcpu_events; kvm_vcpu_ioctl_x86_set_vcpu_events in
+arch/x86/kvm/x86.c for the checks.
 """
 
 from __future__ import annotations

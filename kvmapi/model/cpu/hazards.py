@@ -2,16 +2,17 @@
 
 Found by comparing random snippets with a processor (tests/differential) and by fuzzing (scripts/fuzz):
 
-- LOCK before what cannot be locked is #UD on a processor. The engine executes some of these, and at bit tests of a register
-  its code generator aborts the process: those (`fatal`) are exits of the engine, which it does not translate.
-- CMPXCHG8B and CMPXCHG16B compute flags from what the engine brings up to date only before a hook: they get one that does
-  nothing (they are *watched*, see scan.py).
-- LOOPE and LOOPNE whose count ends leave flags that the engine computes of the wrong instruction, unless they begin a block: they are
-  executed alone.
-- PHADDW and its like of a register with itself, as every sum over a register has them, read what they have just written: the lower
-  half is right, and the upper one, which is the same, is copied from it.
+- LOCK before what cannot be locked is #UD on a processor. The engine executes some of these, and at bit tests of a
+  register its code generator aborts the process: those (`fatal`) are exits of the engine, which it does not
+  translate.
+- CMPXCHG8B and CMPXCHG16B compute flags from what the engine brings up to date only before a hook: they get one that
+  does nothing (they are *watched*, see scan.py).
+- LOOPE and LOOPNE whose count ends leave the flags of another instruction, unless they begin a block: those that jump
+  backward are executed alone (forward ones are no loops, and their bytes are common).
+- PHADDW and its like of a register with itself, as every sum over a register has them, read what they have just
+  written: the lower half is right, and the upper one, which is the same, is copied from it.
 - PCMPESTRM and PCMPESTRI with lengths that do not fit 32 bits read far outside their operands.
-- An instruction with a VEX prefix it executes as the one without.
+- Instructions with a VEX prefix it executes as those without: #UD.
 - SSSE3 instructions on MMX registers with REX.R write behind the registers.
 """
 
@@ -39,7 +40,8 @@ _VEX_64, _VEX = re.compile(rb"[\xc4\xc5]"), re.compile(rb"[\xc4\xc5](?=[\xc0-\xf
 _HORIZONTAL = re.compile(rb"\x0f\x38[\x01-\x03\x05-\x07][\xc0\xc9\xd2\xdb\xe4\xed\xf6\xff]", re.DOTALL)
 _LOOP_WHILE = re.compile(rb"[\xe0\xe1][\x80-\xff]", re.DOTALL)
 _EXPLICIT_LENGTH = re.compile(rb"\x0f\x3a[\x60\x61]", re.DOTALL)
-# Opcode -> extensions (bits by ModRM.reg) that take LOCK. Source: AMD64 Architecture Programmer's Manual, volume 3, 1.2.5.
+# Opcode -> extensions (bits by ModRM.reg) that take LOCK. Source: AMD64 Architecture Programmer's Manual, volume 3,
+# 1.2.5.
 _LOCKABLE = {
     **{8 * operation + wide: 0xFF for operation in range(7) for wide in (0, 1)},  # ADD OR ADC SBB AND SUB XOR to memory
     **dict.fromkeys((0x80, 0x81, 0x82, 0x83), 0x7F), **dict.fromkeys((0x86, 0x87), 0xFF), **dict.fromkeys((0xF6, 0xF7), 0b1100),
@@ -76,9 +78,9 @@ def _starts(code: bytes | bytearray, opcode_at: int, usable: int, bits: int) -> 
 
 
 def _find_vex(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:
-    """Add instructions with a VEX prefix, which a processor without AVX does not know: #UD. The engine takes each for what it
-    is without the prefix, and would execute a privileged one unseen. Outside 64-bit code C4 and C5 are LES and LDS before an
-    operand in memory.
+    """Add instructions with a VEX prefix, which a processor without AVX does not know: #UD. The engine takes each for
+    what it is without the prefix, and would execute a privileged one unseen. Outside 64-bit code C4 and C5 are LES
+    and LDS before an operand in memory.
     """
     for match in (_VEX_64 if bits == 64 else _VEX).finditer(code):
         for start in _starts(code, match.start(), usable, bits):
@@ -86,8 +88,9 @@ def _find_vex(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, 
 
 
 def _find_lazy(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:
-    """Add CMPXCHG8B and CMPXCHG16B to those that are watched. Nobody waits for them, but the engine must not translate them without a
-    hook: only before a hook does it bring up to date what it computes flags from, and this instruction's helper relies on it.
+    """Add CMPXCHG8B and CMPXCHG16B to those that are watched. Nobody waits for them, but the engine must not
+    translate them without a hook: only before a hook does it bring up to date what it computes flags from, and this
+    instruction's helper relies on it.
     """
     for match in _WIDE_EXCHANGE.finditer(code):
         for start in _starts(code, match.start(), usable, bits):
@@ -95,7 +98,9 @@ def _find_lazy(code: bytes | bytearray, usable: int, bits: int, sites: dict[int,
 
 
 def _find_horizontal(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:
-    """Add PHADDW, PHADDD, PHADDSW, PHSUBW, PHSUBD and PHSUBSW of a register with itself. `size` is the register's in bytes."""
+    """Add PHADDW, PHADDD, PHADDSW, PHSUBW, PHSUBD and PHSUBSW of a register with itself. `size` is the register's in
+    bytes.
+    """
     for match in _HORIZONTAL.finditer(code):
         at = match.start()
         rex = code[at - 1] if bits == 64 and at and code[at - 1] in REX else 0
@@ -108,15 +113,17 @@ def _find_horizontal(code: bytes | bytearray, usable: int, bits: int, sites: dic
 
 
 def _find_loops(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:
-    """Add LOOPE and LOOPNE that jump backward. One that jumps forward is no loop, and its bytes are common in other instructions."""
+    """Add LOOPE and LOOPNE that jump backward. One that jumps forward is no loop, and its bytes are common in other
+    instructions.
+    """
     for match in _LOOP_WHILE.finditer(code):
         for start in _starts(code, match.start(), usable, bits):
             sites.setdefault(start, Site("alone", match.end() - start))
 
 
 def _find_explicit_lengths(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:
-    """Add PCMPESTRM and PCMPESTRI, whose lengths in RAX and RDX the engine cuts to 32 bits and takes as they are when negating does not
-    make them positive: it then reads far outside the operands, and the process dies.
+    """Add PCMPESTRM and PCMPESTRI, whose lengths in RAX and RDX the engine cuts to 32 bits and takes as they are when
+    negating does not make them positive: it then reads far outside the operands, and the process dies.
     """
     for match in _EXPLICIT_LENGTH.finditer(code):
         opcode_at = match.start()
@@ -126,8 +133,8 @@ def _find_explicit_lengths(code: bytes | bytearray, usable: int, bits: int, site
 
 
 def _find_wild_mmx(code: bytes | bytearray, usable: int, sites: dict[int, Site]) -> None:
-    """Add the SSSE3 instructions of MMX registers that have REX.R. A processor ignores that bit; the engine takes it as the number of a
-    register behind the eighth, and overwrites its own state. No compiler writes them: #UD.
+    """Add the SSSE3 instructions of MMX registers that have REX.R. A processor ignores that bit; the engine takes it
+    as the number of a register behind the eighth, and overwrites its own state. No compiler writes them: #UD.
     """
     for match in _WILD_MMX.finditer(code):
         for start in _starts(code, match.start(), usable, 64):
@@ -137,8 +144,8 @@ def _find_wild_mmx(code: bytes | bytearray, usable: int, sites: dict[int, Site])
 
 
 def _find_locked(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:
-    """Add the places where LOCK stands before what cannot be locked: #UD on a processor, while the engine executes some of these
-    and ends the process at others.
+    """Add the places where LOCK stands before what cannot be locked: #UD on a processor, while the engine executes
+    some of these and ends the process at others.
     """
     at = code.find(LOCK)
     while at >= 0:
@@ -162,8 +169,9 @@ def _lockable(code: bytes | bytearray, at: int, bits: int) -> bool:
 
 
 def aborts(code: bytes | bytearray, at: int, bits: int) -> bool:
-    """Would translating the instruction at `at` end the process? The engine makes of a bit test of a register with LOCK
-    code that its own generator calls impossible, and aborts. A stop hook does not help: the engine translates what is behind it.
+    """Would translating the instruction at `at` end the process? The engine makes of a bit test of a register with
+    LOCK code that its own generator calls impossible, and aborts. A stop hook does not help: the engine translates
+    what is behind it.
     """
     match = _ABORTS[bits == 64].match(code, at)
     return match is not None and LOCK in match.group(1)
@@ -180,8 +188,8 @@ def fatal(code: bytes | bytearray, usable: int) -> set[int]:
 
 # ---- executed by the stepper; each gives KVM_RUN's result, or None to go on
 def _explicit_lengths(cpu: Cpu, site: Site) -> int | None:
-    """PCMPESTRM or PCMPESTRI, with lengths that the engine can take. Beyond 16 all are the same. Lengths that it can take
-    stay as they are: the operand's address may be in their registers too.
+    """PCMPESTRM or PCMPESTRI, with lengths that the engine can take. Beyond 16 all are the same. Lengths that it can
+    take stay as they are: the operand's address may be in their registers too.
     """
     registers, bits = cpu.registers, 64 if site.size == 8 else 32
     kept = [(number, registers.gpr(number)) for number in (_RAX, _RDX)]

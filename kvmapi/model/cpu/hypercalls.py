@@ -1,4 +1,5 @@
-"""VMCALL and VMMCALL: KVM_HC_MAP_GPA_RANGE exits to user space where that was asked for, everything else is answered here.
+"""VMCALL and VMMCALL: KVM_HC_MAP_GPA_RANGE exits to user space where that was asked for, everything else is answered
+here.
 
 Source: Documentation/virt/kvm/x86/hypercalls.rst; kvm_emulate_hypercall in arch/x86/kvm/x86.c for the checks.
 """

@@ -8,15 +8,14 @@ registers.
 
 The offsets follow the member order of QEMU 5.0's CPUX86State, which unicorn 2.1.4 embeds. They are not believed but
 *checked*: `calibrate()` writes unmistakable values through Unicorn's own register calls and looks for them in the
-structure, provokes a #DE and a #GP to find the two fields that no call reaches, and refuses a page to find where Unicorn
-keeps the faulting address. A build whose layout differs is refused with a sentence instead of computing nonsense.
+structure, provokes a #DE and a #GP to find the two fields that no call reaches, and refuses a page to find where
+Unicorn keeps the faulting address. A build whose layout differs is refused with a sentence instead of computing
+nonsense.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import struct
 from dataclasses import dataclass
 
 REGS = 0  # u64[16]: rax rcx rdx rbx rsp rbp rsi rdi r8..r15 (the encoder's order)
@@ -31,16 +30,12 @@ SEG_SIZE = 24
 CR = 424  # u64[9]
 CC_FLAGS = 0x8D5  # O S Z A P C
 
-REG_ORDER = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
-SEG_ORDER = ("es", "cs", "ss", "ds", "fs", "gs", "ldt", "tr", "gdt", "idt")
 
 # hflags: what the translator must know besides the flags register
 HF_CS32, HF_SS32, HF_ADDSEG, HF_PE, HF_MP, HF_EM, HF_TS = 1 << 4, 1 << 5, 1 << 6, 1 << 7, 1 << 9, 1 << 10, 1 << 11
 HF_LMA, HF_CS64, HF_OSFXSR, HF_SMAP = 1 << 14, 1 << 15, 1 << 22, 1 << 23
 HF_CPL = 3
 HF_KEEP = 1 << 3  # interrupt shadow belongs to the instruction stream, not to the descriptors
-
-_PROBE_PAGE = 0x1000
 
 
 class EngineMismatch(Exception):
@@ -89,13 +84,3 @@ def expect(condition: bool, what: str) -> None:
         raise EngineMismatch(
             f"the installed unicorn keeps {what} elsewhere than version 2.1.4 does: install it with `pip install unicorn==2.1.4`"
         )
-
-
-def pack_segment(selector: int, base: int, limit: int, flags: int) -> bytes:
-    """One SegmentCache as it stands in the structure."""
-    return struct.pack("<IIQII", selector, 0, base, limit & 0xFFFFFFFF, flags)
-
-
-def address_of(buffer: bytearray) -> int:
-    """The address of a bytearray's storage; it must outlive the use."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))

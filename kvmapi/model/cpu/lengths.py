@@ -1,13 +1,15 @@
-"""How long instructions are, as the engine reads them, and which of them leak temporaries of its translator (blocks.py).
+"""How long instructions are, as the engine reads them, and which of them leak temporaries of its translator
+(blocks.py).
 
-Lengths only: what an instruction does is the engine's business. Where the engine and the manuals differ, this follows the
-engine: it takes VEX prefixes and executes the SSE or integer instruction of that opcode; SSE4A's EXTRQ and INSERTQ have two
-immediate bytes; some that take no operand in memory ignore that ModRM asks for one. An instruction behind which the engine goes on with the
-block must have the right length. Those that end the block, because they jump or because the engine refuses them, need
-not be recognized: going on behind them is only a waste.
+Lengths only: what an instruction does is the engine's business. Where the engine and the manuals differ, this follows
+the engine: it takes VEX prefixes and executes the SSE or integer instruction of that opcode; SSE4A's EXTRQ and
+INSERTQ have two immediate bytes; some that take no operand in memory ignore that ModRM asks for one. An instruction
+behind which the engine goes on with the block must have the right length. Those that end the block, because they jump
+or because the engine refuses them, need not be recognized: going on behind them is only a waste.
 
-What leaks was measured for each opcode, ModRM and prefix, in code of each width, real, protected and virtual-8086 mode, CPL 0 and
-3 (tests/model/test_blocks.py does it again for a part of them). An opcode counts for the worst of its forms.
+What leaks was measured for each opcode, ModRM and prefix, in code of each width, real, protected and virtual-8086
+mode, CPL 0 and 3 (tests/model/test_blocks.py does it again for a part of them). An opcode counts for the worst of its
+forms.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ LEAKS = {64: _LEAKS_64, 32: _LEAKS_32, 16: _LEAKS_32 | _members("07 1f c4 c5")}
 
 
 def _sizes(address: int) -> list[int]:
-    """By ModRM: bytes of it, the SIB byte and the displacement in code whose addresses have this many bytes. A SIB byte may
-    ask for four more.
+    """By ModRM: bytes of it, the SIB byte and the displacement in code whose addresses have this many bytes. A SIB
+    byte may ask for four more.
     """
     sizes = []
     for modrm in range(256):
@@ -94,8 +96,8 @@ class Width:
         return 2 if opcode in _IMM8 else 1
 
     def decode(self, code: bytes | bytearray, start: int) -> tuple[int, int]:
-        """Length of the instruction at `start` and how many temporaries it leaks at most; (0, 0) where a block ends. There
-        must be some 30 bytes more.
+        """Length of the instruction at `start` and how many temporaries it leaks at most; (0, 0) where a block ends.
+        There must be some 30 bytes more.
         """
         bits, at = self.bits, start
         narrow = other = False
@@ -154,8 +156,8 @@ def operand(code: bytes | bytearray, at: int, address: int) -> int:
 
 
 def _two_bytes(code: bytes | bytearray, at: int, address: int, prefix: int) -> tuple[int, int]:
-    """The end of what has 0F before `at`, and its leak. The end is 0 where a block ends. `prefix` is the one of 66, F2 and F3
-    that selects the instruction, or 0.
+    """The end of what has 0F before `at`, and its leak. The end is 0 where a block ends. `prefix` is the one of 66,
+    F2 and F3 that selects the instruction, or 0.
     """
     opcode = code[at]
     if opcode == 0x38:

@@ -1,7 +1,7 @@
 """MMIO: an instruction that touches an address without memory, run for its accesses only.
 
-A plain MOV is decoded (moves.py). There is no decoder for all the others: such an instruction is executed by the engine,
-alone, with a scratch page standing for the missing memory and a hook that reports each access to it:
+A plain MOV is decoded (moves.py). There is no decoder for all the others: such an instruction is executed by the
+engine, alone, with a scratch page standing for the missing memory and a hook that reports each access to it:
 
 1. A first pass with the answers known so far (none at first). If it reads something unknown, the CPU is put back as
    it was and the read becomes a KVM_EXIT_MMIO; the VMM's answer joins the known ones and the pass is repeated.

@@ -1,8 +1,8 @@
 """Plain MOV between a register (or an immediate) and memory, decoded: what drivers use for device registers.
 
-Any instruction may touch MMIO, and mmio.py executes any. These few need no execution: the engine said which address the
-access had, so only the operand's size, the register and the instruction's length are wanted. Encodings: AMD64 APM volume
-3, appendix A: 88-8B, A0-A3, C6 /0 and C7 /0, with any prefixes.
+Any instruction may touch MMIO, and mmio.py executes any. These few need no execution: the engine said which address
+the access had, so only the operand's size, the register and the instruction's length are wanted. Encodings: AMD64 APM
+volume 3, appendix A: 88-8B, A0-A3, C6 /0 and C7 /0, with any prefixes.
 """
 
 from __future__ import annotations

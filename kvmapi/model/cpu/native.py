@@ -1,23 +1,14 @@
 """Unicorn's C interface, called without the Python class around it.
 
-The class costs several µs per call (argument checks, closures per register); the model's whole exit budget is 12 µs.
-So the few functions it needs are prototyped once here. Everything is a thin call: policy lives in cpu.py.
+The class costs several µs per call (argument checks, closures per register); an exit of the model should cost little
+more than that. So the few functions it needs are prototyped once here. Everything is a thin call: policy lives in
+cpu.py.
 
 `Native.state` is the engine's CPU structure itself (layout.py), live: between two starts it holds the registers, and
-what is written there is what the guest goes on with. Inside a callback it is as current as the engine can make it
-(RIP is not).
+what is written there is what the guest goes on with. Inside a callback it is as current as the engine can make it (RIP
+is not).
 
-`Native.state` is the engine's CPU structure itself (layout.py), live: between two starts it holds the registers, and
-what is written there is what the guest goes on with. Inside a callback it is as current as the engine can make it
-(RIP is not).
-
-Three callbacks are machine code rather than Python, because a Python call per block or per stop would dominate:
-- a *stop hook* on one address is `uc_emu_stop` itself: its first argument is the engine, which is what a hook gets
-  first;
-- the *kick stub* runs at the start of every block, looks at two flags and calls `uc_emu_stop` when either is set.
-  That stops the guest exactly at a block boundary, which an asynchronous uc_emu_stop does not (it rewinds half-done
-  instructions);
-- the *watch stub* is a stop hook that counts only while somebody waits for what the instruction may do (events.py).
+Hooks that are called per block or per stop are machine code, not Python: stubs.py.
 """
 
 from __future__ import annotations
@@ -84,9 +75,9 @@ _places: list[tuple[int, int]] = []  # offset of the CPU's pointer in the engine
 
 
 def _locate_state(handle: int, copy: bytes) -> int:
-    """Where the CPU structure stands whose contents are `copy`: behind a pointer in the engine's structure. The same one
-    in every engine, so it is searched for once. Other copies may lie about in memory: only the structure itself follows
-    when RAX is written. All reads go through /proc, so that a wild pointer is no crash.
+    """Where the CPU structure stands whose contents are `copy`: behind a pointer in the engine's structure. The same
+    one in every engine, so it is searched for once. Other copies may lie about in memory: only the structure itself
+    follows when RAX is written. All reads go through /proc, so that a wild pointer is no crash.
     """
     fd = os.open("/proc/self/mem", os.O_RDONLY)
     try:
@@ -177,14 +168,15 @@ class Native:
         return _start(self.handle, rip, 0, 0, 0)
 
     def end_blocks_after(self, linear: int, fetchable: int) -> None:
-        """Translate no further than the instruction at the linear address `linear`, of which `fetchable` bytes can be fetched:
-        whatever follows is an exit. (After a run the engine looks at the byte before each exit: it must be there.)
+        """Translate no further than the instruction at the linear address `linear`, of which `fetchable` bytes can be
+        fetched: whatever follows is an exit. (After a run the engine looks at the byte before each exit: it must be
+        there.)
         """
         self.set_exits(range(linear + 1, linear + 1 + min(_LONGEST, fetchable)))
 
     def quieten(self, offset: int) -> None:
-        """Do not look for stop requests after each memory access, which costs as much as the access: stop stubs leave by
-        themselves. `offset` is stubs.quiet_offset.
+        """Do not look for stop requests after each memory access, which costs as much as the access: stop stubs leave
+        by themselves. `offset` is stubs.quiet_offset.
         """
         ctypes.c_uint8.from_address(self.handle + offset).value = 1
 
@@ -275,8 +267,8 @@ class Native:
         self._hook(uc.UC_HOOK_BLOCK, _ptr(stubs().kick), address, 1, 0)
 
     def hook_stores_at(self, address: int) -> int:
-        """Keep the engine looking at every store to the page at its physical `address`, not only at the first one: it does
-        where any memory hook is, and this one never fires.
+        """Keep the engine looking at every store to the page at its physical `address`, not only at the first one: it
+        does where any memory hook is, and this one never fires.
         """
         return self._hook(uc.UC_HOOK_MEM_FETCH_UNMAPPED, _ptr(stubs().stop), 0, address, address + mmap.PAGESIZE - 1)
 

@@ -1,8 +1,8 @@
 """What an instruction does with its operands, told from its bytes: where the engine does not say enough.
 
-- The engine says which address was refused, not through which segment: a non-canonical address is #SS when it is of the
-  stack segment, #GP otherwise. Pushes, pops, calls and returns use the stack, and so does an operand whose base is RSP or
-  RBP, unless FS or GS overrides.
+- The engine says which address was refused, not through which segment: a non-canonical address is #SS when it is of
+  the stack segment, #GP otherwise. Pushes, pops, calls and returns use the stack, and so does an operand whose base
+  is RSP or RBP, unless FS or GS overrides.
 - It does not say that an access is one to a descriptor table, made with the supervisor's rights.
 - It loads before it stores where a processor asks for the right to store first.
 
@@ -27,7 +27,9 @@ _NEAR = 64  # bytes around RSP that a push or pop with another operand in memory
 
 
 def through_stack(code: bytes, address: int, rsp: int) -> bool:
-    """Is `address`, which the 64-bit instruction `code` accesses, of the stack segment? False when `code` is too short."""
+    """Is `address`, which the 64-bit instruction `code` accesses, of the stack segment? False when `code` is too
+    short.
+    """
     try:
         return _decode(code, address, rsp)
     except IndexError:

@@ -157,7 +157,8 @@ class Paging:
         if marked != entry:
             entry = self._mark(physical, table, view, index, entry, marked)
         steps.append((view, index, entry))
-        # Fetches are always decrypted, whatever the C-bit: code in shared memory would otherwise be the host's to write.
+        # Fetches are always decrypted, whatever the C-bit: code in shared memory would otherwise be the host's to
+        # write.
         # In 32-bit paging there is no room for a C-bit, and everything is private.
         data_private = self.encrypted and (not self.wide or bool(entry & self.c_mask))
         private = self.encrypted if fetch else data_private

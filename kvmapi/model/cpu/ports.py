@@ -37,8 +37,8 @@ def allowed(registers: Registers, mmu: Mmu, port: int, size: int) -> bool:
 
 
 def room(registers: Registers, number: int, offset: int, size: int, mask: int, *, store: bool, backwards: bool) -> int:
-    """How many elements of `size` bytes, from `offset` on, lie in a segment outside 64-bit mode. Fault when not even one
-    does.
+    """How many elements of `size` bytes, from `offset` on, lie in a segment outside 64-bit mode. Fault when not even
+    one does.
     """
     segment = registers.segment(number)
     kind = segment.flags

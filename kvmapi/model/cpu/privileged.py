@@ -1,5 +1,7 @@
 """The instructions that leave the engine, executed here: port I/O, HLT, MSRs, CPUID and the time-stamp counter.
 
+Others are in control.py, syscalls.py and hazards.py; `execute` finds them all.
+
 An instruction that needs the VMM writes its exit and leaves `pending`: the rest of the instruction, run at the next
 KVM_RUN. RIP moves past the instruction only then, as in KVM, so that user space sees the address of the instruction
 it emulates; an OUT is skipped only if user space left RIP alone.

@@ -1,8 +1,8 @@
 """Accesses that the MMU refused: what each becomes.
 
 A guest fault is delivered (exceptions.py), memory that is not there is MMIO (mmio.py), an access that contradicts the
-memory attributes is a memory-fault exit. Some refusals are not the guest's: the engine translates ahead of RIP, asks for
-descriptors in user code's name, and loads where a processor would ask for the right to store.
+memory attributes is a memory-fault exit. Some refusals are not the guest's: the engine translates ahead of RIP, asks
+for descriptors in user code's name, and loads where a processor would ask for the right to store.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Refusals:
         return cpu.mmu.refused_page != cpu.registers.linear_rip & -PAGE
 
     def _go_to_the_edge(self) -> int | None:
-        """Execute what lies before the page that cannot be fetched, one by one: an instruction that reaches into it ends in
-        the fault, and others are executed.
+        """Execute what lies before the page that cannot be fetched, one by one: an instruction that reaches into it
+        ends in the fault, and others are executed.
         """
         cpu = self._cpu
         page = cpu.registers.linear_rip & -PAGE
@@ -104,8 +104,8 @@ class Refusals:
         return -why.number
 
     def _reads_descriptors(self, fault: Fault) -> bool:
-        """Is this user code whose instruction reads a descriptor or a TSS? The processor does that with the supervisor's
-        rights, and the engine's TLB does not say who asks.
+        """Is this user code whose instruction reads a descriptor or a TSS? The processor does that with the
+        supervisor's rights, and the engine's TLB does not say who asks.
         """
         cpu = self._cpu
         if fault.error is None or fault.error & (PF_P | PF_U) != PF_P | PF_U or (cpu.stepped and cpu.stepper.system):

@@ -1,16 +1,16 @@
 """Find the instructions that must leave the engine, before it translates a page.
 
 Unicorn's own I/O hooks stop too late (the rest of the block still runs). So each page is scanned when it is first
-fetched, every place where such an instruction could start gets a native stop hook, and after a stop the decoded
-instruction is at hand in `sites`. x86 has no instruction boundaries to go by: a candidate that turns out to be the
+fetched, every place where such an instruction could start gets a native stop hook, and after a stop `CodeCache.site`
+tells the decoded instruction. x86 has no instruction boundaries to go by: a candidate that turns out to be the
 middle of another instruction is never reached as a start, so its hook never fires. A prefix may or may not belong to
 the instruction that is really executed; every possible start gets an entry of its own, with the prefixes seen from
 there.
 
-Found here: IN OUT INS OUTS HLT RDMSR WRMSR RDTSC RDTSCP CPUID XSETBV, MOV to CR0, CR3, CR4 and CR8 and from CR8, MOV to DRn,
-SYSCALL SYSRET SYSENTER SYSEXIT, LTR of a register, with any legacy or REX prefix; LOCK before what cannot be locked; and
-MMX instructions that would make the engine overwrite itself. VMCALL, VMMCALL and other invalid opcodes stop the engine by
-themselves, and so do the above when they are longer than 15 bytes.
+Found here: IN OUT INS OUTS HLT RDMSR WRMSR RDTSC RDTSCP CPUID XSETBV, MOV to CR0, CR3, CR4 and CR8 and from CR8, MOV
+to DRn, SYSCALL SYSRET SYSENTER SYSEXIT, LTR of a register, and with `flags` STI POPF IRET; with any legacy or REX
+prefix (with LOCK they are undefined). hazards.py adds what the engine gets wrong. VMCALL, VMMCALL and other invalid
+opcodes stop the engine by themselves, and so do the above when they are longer than 15 bytes.
 
 The same bytes may be code of another width the next moment, without being fetched again: `find` decodes for one, and
 code.py asks for all three.
@@ -44,7 +44,7 @@ class Site:
     string source.
     """
 
-    kind: str  # in out ins outs hlt rdmsr wrmsr cpuid xsetbv mov_to_cr mov_from_cr mov_to_dr syscall...; ltr; sti popf iret; undefined
+    kind: str  # by which privileged.py finds who executes it
     length: int
     size: int = 4
     port: int | None = None

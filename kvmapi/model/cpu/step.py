@@ -74,8 +74,8 @@ class Stepper:
         native.flush_code()
         native.flush_tlb()
         self._copy(cpu.native.state, native.state)
-        # The request to stop is made before the instruction and noticed after its block, which is that instruction: nothing
-        # behind it, or where it jumps to, is translated.
+        # The request to stop is made before the instruction and noticed after its block, which is that instruction:
+        # nothing behind it, or where it jumps to, is translated.
         hooks = [native.hook_code(cpu.registers.linear_rip, stubs.exported("uc_emu_stop"))]
         if watch is not None:
             hook, _callback = native.hook_memory(watch)

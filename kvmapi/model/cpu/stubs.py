@@ -1,8 +1,8 @@
 """Hooks in machine code: a Python call per block, or per stop, would dominate everything else.
 
-- The *kick stub* runs at the start of every block. It looks at two bytes of the kvm_run page, immediate_exit and our own
-  kick beside it, and asks the engine to stop when either is set: the guest stops exactly at a block boundary, which an
-  uc_emu_stop from another thread does not do (it rewinds half-done instructions).
+- The *kick stub* runs at the start of every block. It looks at two bytes of the kvm_run page, immediate_exit and our
+  own kick beside it, and asks the engine to stop when either is set: the guest stops exactly at a block boundary,
+  which an uc_emu_stop from another thread does not do (it rewinds half-done instructions).
 - The *stop stub* stands before a sensitive instruction: it asks the engine to stop and leaves the block at once, as if
   the engine had looked for stop requests there.
 - The *watch stub* is a stop stub that counts only while somebody waits for what the instruction may do (events.py).

@@ -1,8 +1,9 @@
 """What a local APIC is, whichever way its registers are reached: mode, priorities, interrupts, timer.
 
-IRR, ISR and TMR are 256-bit integers. `pending()` is an attribute that every change of them, of the task priority and
-of the base keeps true, so that asking costs nothing at a guest entry; whenever it becomes another vector, the target
-is poked. State changes inside the bus's lock; methods without an underscore take it, `accept` is for use inside.
+IRR, ISR and TMR are 256-bit integers. `pending()` only reads a value that every change of them, of the task priority
+and of the base keeps true, so that asking costs nothing at a guest entry; whenever it becomes another vector, the
+target is poked. State changes inside the bus's lock, which the methods that change it take, but for `accept` and
+those with an underscore.
 
 Behaviour that is not the hardware's is KVM's (arch/x86/kvm/lapic.c): an interrupt with a vector below 16 waits forever,
 an expiry of the timer while its entry is masked is kept, and a processor's own INIT and SIPI are left to the vCPU.

@@ -134,11 +134,6 @@ class SecureMemory:
         self._frames.clear()
         self._on_flush()
 
-    def evict_range(self, address: int, size: int) -> None:
-        """Write back what lies in the caller's [address, address+size)."""
-        for page in [at for at in self._frames if address - PAGE < at < address + size]:
-            self.evict(page)
-
     def translations_gone(self) -> None:
         """Every vCPU's TLB was flushed: a page is written again only through `frame`."""
         for frame in self._frames.values():
