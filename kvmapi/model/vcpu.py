@@ -166,7 +166,12 @@ class VcpuFile(File):
         window = bool(self.page.memory[REQUEST_WINDOW]) and cpu.lapic is None
         if window != cpu.events.window_wanted:
             cpu.events.window_wanted, cpu.attention = window, True
-        self._enter_engine()
+        # What the last exit left is finished even when user space wants out again; otherwise nobody waits for nothing.
+        if not self._enter_engine(None if cpu.privileged.unfinished else self._leaving):
+            self._after_run()
+            if valid:
+                self._give_sync_regs(valid)
+            return -errno.EINTR
         try:
             return self._run_guest()
         finally:

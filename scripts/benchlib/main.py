@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -29,6 +30,8 @@ def main() -> int:
     results = []
     for name in options.only or list(ENTRIES):
         progress(f"{name} ...")
+        gc.collect()
+        gc.freeze()  # what earlier entries left is not looked through again and again
         result = ENTRIES[name].run()
         results.append(result)
         if result["skipped"]:

@@ -92,6 +92,11 @@ class Privileged:
         except (Fault, Refused) as why:
             return self._operand_refused(why)
 
+    @property
+    def unfinished(self) -> bool:
+        """Did the last exit leave something for `complete`?"""
+        return self.pending is not None or self._skip[1] != 0
+
     def complete(self) -> int | None:
         """KVM_RUN is entered again: finish what the last exit left. None: go on; else another exit was written."""
         rip, length = self._skip
