@@ -67,11 +67,15 @@ class PrivateSet:
             if whole:
                 chunk.add_range(0, _CHUNK)
                 self._whole.discard(index)
-        before = chunk.range_cardinality(first, first + count)
-        if private:
-            chunk.add_range(first, first + count)
+        if count == 1:  # what a conversion after a fault asks for
+            before = int(first in chunk)
+            (chunk.add if private else chunk.discard)(first)
         else:
-            chunk.remove_range(first, first + count)
+            before = chunk.range_cardinality(first, first + count)
+            if private:
+                chunk.add_range(first, first + count)
+            else:
+                chunk.remove_range(first, first + count)
         if len(chunk) in (0, _CHUNK):
             if chunk:
                 self._whole.add(index)

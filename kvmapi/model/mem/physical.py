@@ -205,7 +205,7 @@ class Physical:
         """As `flush`, for a change that concerns [gfn, gfn+pages) only: nothing to do where nobody knows a page of it, and
         of a few pages the other translations stay. Tables are known by more than their own GFN.
         """
-        if not self.entered.range_cardinality(gfn, gfn + pages):
+        if not (gfn in self.entered if pages == 1 else self.entered.range_cardinality(gfn, gfn + pages)):
             return
         few = pages <= _FEW_PAGES and len(self.voids) < _MAX_VOIDS
         if not few or any(key[0] in range(gfn, gfn + pages) for key in self.tables):
