@@ -47,23 +47,19 @@ class EngineLock:
         `leaving` is asked every millisecond: once it is true the wait is given up, and False returned.
         """
         gate, lock = self._gate, self._lock
-        if not gate.locked() and lock.acquire(blocking=False):  # nobody waits, and nobody has it
-            self.turns += 1
-            self._holder = kick
-            if kick is not None:
-                kick[0] = 0
-            return True
-        if not gate.acquire(blocking=False) and not _wait(gate, None, leaving):
+        waits = gate.locked() or not lock.acquire(blocking=False)
+        if waits and not gate.acquire(blocking=False) and not _wait(gate, None, leaving):
             return False
         try:
-            if not lock.acquire(blocking=False) and not self._insist(patience, leaving):
+            if waits and not lock.acquire(blocking=False) and not self._insist(patience, leaving):
                 return False
             self.turns += 1
             self._holder = kick
             if kick is not None:
                 kick[0] = 0
         finally:
-            gate.release()
+            if waits:
+                gate.release()
         return True
 
     def _insist(self, patience: float, leaving: Callable[[], bool] | None) -> bool:

@@ -10,7 +10,8 @@ import pytest
 from kvmapi.exits import Hlt, Io
 from tests.conformance.paged import CODE32, CODE64, LONG, OTHER, TARGET, P, Paged, W
 from tests.conformance.snippets import CODE, DATA, PAGE, LongGuest, code
-from tests.model.test_shadow import together, watchdog
+from tests.model.test_cpu import together
+from tests.model.test_shadow import watchdog
 
 pytestmark = pytest.mark.model
 HLT = b"\xf4"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from kvmapi.model.cpu.shadow import MAX_PAGES, MAX_SHADOWS
 from tests.conformance.paged import LONG, OTHER, SECOND, TABLES, TARGET, P, Paged, U, W
 from tests.conformance.snippets import CODE, DATA, MIB, PAGE, LongGuest, address_of, code
 from tests.model.sev_guest import SevGuest
+from tests.model.test_cpu import together
 
 pytestmark = pytest.mark.model
 HLT = b"\xf4"
@@ -63,16 +64,6 @@ def watchdog(guest: Any) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()
-
-
-def together(*jobs: Callable[[], object]) -> list[object]:
-    results: list[object] = [None] * len(jobs)
-    threads = [threading.Thread(target=lambda n=n, job=job: results.__setitem__(n, job())) for n, job in enumerate(jobs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=30)
-    return results
 
 
 # ---- what is remembered is used

@@ -227,16 +227,7 @@ class GuestDebug:
 
     def sensitive(self) -> scan.Site | None:
         """The instruction at RIP if it is one that the engine must not execute."""
-        cpu = self._cpu
-        try:
-            code = cpu.mmu.read(cpu.registers.linear_rip, scan.MAX_LENGTH)
-        except (Fault, Refused):
-            try:
-                page_left = 4096 - (cpu.registers.linear_rip & 4095)
-                code = cpu.mmu.read(cpu.registers.linear_rip, min(page_left, scan.MAX_LENGTH))
-            except (Fault, Refused):
-                return None  # the fetch will fault by itself
-        return hazards.find(code, 1, cpu.registers.code_bits).get(0)
+        return hazards.find(self._cpu.code_here(), 1, self._cpu.registers.code_bits).get(0)
 
     def _accessed(self, _uc: int, kind: int, where: int, size: int, _value: int, _data: int) -> None:
         store = kind == uc.UC_MEM_WRITE

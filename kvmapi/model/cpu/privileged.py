@@ -232,9 +232,7 @@ class Privileged:
     def _operand_refused(self, why: Fault | Refused) -> int | None:
         if isinstance(why, Fault):
             return self._cpu.raise_in_guest(why.vector, why.error, why.address)
-        if isinstance(why, Refused):
-            return self._cpu.refusals.result(why)
-        return self._cpu.internal_error(f"the model has no {why}")
+        return self._cpu.refusals.result(why)
 
     _backwards = False
     _string_at = _string_count = 0

@@ -13,7 +13,7 @@ from unicorn import unicorn_const as uc
 
 from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE
-from kvmapi.model.cpu import hazards, operands
+from kvmapi.model.cpu import operands
 from kvmapi.model.cpu.code import Retranslate
 from kvmapi.model.cpu.paging import GP_VECTOR, PF_P, PF_U, PF_VECTOR, PF_W, Fault
 from kvmapi.model.cpu.state import GDT, IDT, LDT, TR
@@ -50,7 +50,7 @@ class Refusals:
             rip = cpu.registers.linear_rip
             if rip & -PAGE != page or cpu.kick[0] or cpu.page.memory[IMMEDIATE_EXIT]:
                 break
-            site = hazards.find(cpu.code_here(), 1, cpu.registers.code_bits).get(0)
+            site = cpu.debug.sensitive()
             if site is not None:
                 return cpu.privileged.execute(site)
             error = cpu.step()
