@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import errno as errnos
 import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -84,8 +85,13 @@ class RunLoop:
         kick.kick_signal()
         began = time.perf_counter()
         try:
-            for thread in self._threads:
-                thread.start()
+            # An interrupt inside start() would leave a thread that nobody joins: it waits until all have started.
+            held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                for thread in self._threads:
+                    thread.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, held)
             if not self._ended.wait(timeout):
                 self.stop(Outcome("timeout", message=f"the guest did not end within {timeout:g} s"))
         except RuntimeError as failure:  # threading's way to say that there are too many threads
