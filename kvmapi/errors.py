@@ -3,7 +3,7 @@
     KVM_SET_USER_MEMORY_REGION(slot=1, guest_phys_addr=0x1000, memory_size=0x800, ...): EINVAL (invalid argument).
     Hint: check, in the kernel's order: ...
 
-The words are data (`kvmapi.words`); this module puts them together. The same facts are attributes, so a caller
+The words are data (`kvmapi.words`, `words_sev`, `remedies`); this module puts them together. The same facts are attributes, so a caller
 never parses a message. Byte buffers appear as their length only: they may hold keys or guest secrets.
 """
 
@@ -12,9 +12,10 @@ from __future__ import annotations
 import errno as e
 import os
 
-from kvmapi import words
+from kvmapi import words, words_sev
 from kvmapi.abi import caps, kvm, psp
 from kvmapi.abi import sev as sevabi
+from kvmapi.remedies import Remedy, open_device
 from kvmapi.rows import Argument, Ioctl, decode_argument
 
 _DECIMAL = frozenset({"slot", "id", "nr", "cap", "irq", "gsi", "nmsrs", "nent", "done", "len", "count", "sev_fd", "fd", "guest_memfd"})
@@ -98,22 +99,17 @@ class HostError(OSError):
 
 def open_error(path: str, code: int) -> HostError:
     """The `HostError` for a device that did not open, with its remedy."""
-    if path.endswith("/sev"):
-        remedies = {
-            e.ENOENT: "this host has no SEV firmware driver: an AMD EPYC host with SEV enabled in the BIOS and module"
-            " ccp loaded has one; the model needs none",
-            e.EACCES: "run as root, or give your user access to /dev/sev",
-        }
-    else:
-        remedies = {
-            e.ENOENT: "load the KVM module (modprobe kvm_amd or kvm_intel), enable virtualisation in the BIOS, or pass"
-            f" {path} into the container; the model needs none",
-            e.EACCES: f"join the group that owns {path} (usermod -aG kvm $USER, then log in again), or run as root",
-            e.EPERM: f"a container or security policy forbids {path}: start it with --device {path}",
-            e.ENXIO: "the KVM module is not loaded: modprobe kvm_amd or kvm_intel",
-            e.ENODEV: "the KVM module is not loaded: modprobe kvm_amd or kvm_intel",
-        }
-    return HostError(path, code, remedies.get(code, ""))
+    sev = path.endswith("/sev")
+    absent = Remedy.SEV_NODE if sev else Remedy.KVM_NODE
+    hints: dict[int, str] = {
+        e.ENOENT: absent,
+        e.EACCES: open_device(path),
+        e.EPERM: Remedy.POLICY_OF_DEVICE,
+        e.ENXIO: Remedy.CCP if sev else Remedy.KVM_MODULE,
+        e.ENODEV: Remedy.CCP if sev else Remedy.KVM_MODULE,
+        e.EMFILE: Remedy.FILES,
+    }
+    return HostError(path, code, hints.get(code, ""))
 
 
 def firmware_words(code: int) -> str:
@@ -123,13 +119,19 @@ def firmware_words(code: int) -> str:
     'firmware INVALID_GUEST_STATE (0x2: the guest is in the wrong state)'
     """
     code &= 0xFFFF_FFFF
-    text, _ = words.FIRMWARE.get(code, ("a status that this program does not know", ""))
+    text, _ = words_sev.FIRMWARE.get(code, ("a status that this program does not know", ""))
     return f"firmware {psp.ret_name(code)} ({code:#x}: {text})"
 
 
 def ioctl_error(row: Ioctl, code: int, argument: Argument = None) -> KvmError:
     """The error of a plain ioctl: `row` and what was passed."""
-    return KvmError(row.name, code, decode_argument(row, argument), None, words.hint_for((row.name,), code))
+    return KvmError(row.name, code, decode_argument(row, argument), None, words.hint_for((_variant(row, argument), row.name), code))
+
+
+def _variant(row: Ioctl, argument: Argument) -> str:
+    """`KVM_CREATE_VM(2)`, `KVM_ENABLE_CAP(206)`: the name under which `words` has what only this type or capability answers."""
+    number = argument if row.name == "KVM_CREATE_VM" else getattr(argument, "cap", None) if row.name == "KVM_ENABLE_CAP" else None
+    return row.name if number is None else f"{row.name}({number})"
 
 
 def command_error(row: Ioctl, command: str, code: int, arguments: dict[str, object], fw_error: int | None) -> KvmError:
@@ -137,9 +139,7 @@ def command_error(row: Ioctl, command: str, code: int, arguments: dict[str, obje
 
     With EIO the firmware's own status explains more than the errno, so its remedy comes first.
     """
-    hint = ""
-    if fw_error is not None:
-        hint = words.FIRMWARE.get(fw_error & 0xFFFF_FFFF, ("", ""))[1]
+    hint = "" if fw_error is None else words_sev.firmware_hint(command, fw_error & 0xFFFF_FFFF)
     return KvmError(command, code, arguments, fw_error, hint or words.hint_for((command, row.name), code))
 
 

@@ -1,17 +1,21 @@
-"""What errors mean, as data: errno in words, causes and remedies per ioctl or SEV command, firmware status words.
+"""What errors mean, as data: errno in words, causes and remedies per ioctl; SEV commands have theirs in `kvmapi.words_sev`.
 
-A hint is keyed by (name, errno), where the name is an ioctl's or a KVM_SEV_* / SEV_* command's. It names the
+A hint is keyed by (name, errno), where the name is an ioctl's, with the VM type or capability that it asks for in
+brackets where the answer depends on it, or a KVM_SEV_* / SEV_* command's. It names the
 conditions under which the kernel returns that errno there, in the order in which the kernel checks them (source:
-virt/kvm/kvm_main.c, virt/kvm/guest_memfd.c, arch/x86/kvm/x86.c, arch/x86/kvm/svm/sev.c, drivers/crypto/ccp).
+virt/kvm/kvm_main.c, virt/kvm/guest_memfd.c, arch/x86/kvm/x86.c), and what to do where that is not plain from the
+condition: an entry of `kvmapi.remedies`, which `sevmm doctor` quotes as well.
 """
 
 from __future__ import annotations
 
 import errno as e
 
+from kvmapi import words_sev
+from kvmapi.remedies import Hint, Remedy
+from kvmapi.words_sev import ENOTSUPP
+
 EHWPOISON = 133
-ENOTSUPP = 524
-"""A kernel-internal errno that leaks out of /dev/sev; C libraries have no words for it."""
 
 _NAMES = {EHWPOISON: "EHWPOISON", ENOTSUPP: "ENOTSUPP"}
 
@@ -61,14 +65,16 @@ _SLOT_EINVAL = (
     " refused on SEV-ES), slot id, 4 KiB alignment of size, GPA and host address, wrap-around, deletion of an absent"
     " slot, change of size, host address or flags of an existing slot (delete it first)"
 )
-_NOT_SEV = (
-    "this VM is not an SEV guest, or the host's KVM has no SEV: create the VM with type SEV or SEV-ES and run INIT2 first, or use the model"
-)
+_NO_TYPE = "this host does not offer the VM type: ask KVM_CHECK_EXTENSION(KVM_CAP_VM_TYPES)"
 _EXIT_STATE = "the vCPU's registers are encrypted after LAUNCH_UPDATE_VMSA and no longer readable or writable"
 
-HINTS: dict[tuple[str, int], str] = {
-    ("KVM_CREATE_VM", e.EINVAL): "this host does not offer the VM type: ask KVM_CHECK_EXTENSION(KVM_CAP_VM_TYPES)",
-    ("KVM_CREATE_VM", e.ENOMEM): "the kernel could not allocate the VM: close other VMs or free memory",
+_KVM: dict[tuple[str, int], str | Hint] = {
+    ("KVM_CREATE_VM", e.EINVAL): _NO_TYPE,
+    ("KVM_CREATE_VM(1)", e.EINVAL): Hint(_NO_TYPE, Remedy.SW_PROTECTED),
+    ("KVM_CREATE_VM(2)", e.EINVAL): Hint(_NO_TYPE, Remedy.SEV),
+    ("KVM_CREATE_VM(3)", e.EINVAL): Hint(_NO_TYPE, Remedy.SEV_ES),
+    ("KVM_CREATE_VM(4)", e.EINVAL): Hint(_NO_TYPE, Remedy.SNP),
+    ("KVM_CREATE_VM", e.ENOMEM): Hint("the kernel could not allocate the VM", Remedy.MEMORY),
     ("KVM_CREATE_VCPU", e.EEXIST): "a vCPU with this id exists already",
     ("KVM_CREATE_VCPU", e.EINVAL): "the id is above KVM_CAP_MAX_VCPU_ID, or the VM has KVM_CAP_MAX_VCPUS vCPUs",
     ("KVM_SET_USER_MEMORY_REGION", e.EINVAL): _SLOT_EINVAL,
@@ -79,33 +85,39 @@ HINTS: dict[tuple[str, int], str] = {
     ("KVM_SET_USER_MEMORY_REGION2", e.ENOTTY): "the kernel is older than 6.8: use KVM_SET_USER_MEMORY_REGION",
     ("KVM_CREATE_GUEST_MEMFD", e.EINVAL): "size must be positive and a multiple of 4 KiB, flags within"
     " KVM_CAP_GUEST_MEMFD_FLAGS (INIT_SHARED only on VMs without private memory)",
-    ("KVM_CREATE_GUEST_MEMFD", e.ENOTTY): "the kernel has no guest_memfd (6.8 or newer, KVM_CAP_GUEST_MEMFD)",
+    ("KVM_CREATE_GUEST_MEMFD", e.ENOTTY): Hint("the kernel has no guest_memfd (KVM_CAP_GUEST_MEMFD)", Remedy.NEWER_KERNEL),
     ("KVM_SET_MEMORY_ATTRIBUTES", e.EINVAL): "flags must be 0, the range aligned to 4 KiB and not empty, and PRIVATE"
     " is offered only on SW_PROTECTED, SNP and TDX VMs; SEV and SEV-ES VMs have no private slots",
-    ("KVM_SET_MEMORY_ATTRIBUTES", e.ENOTTY): "the kernel has no memory attributes: it needs"
-    " CONFIG_KVM_SW_PROTECTED_VM, SNP or TDX (KVM_CAP_MEMORY_ATTRIBUTES)",
+    ("KVM_SET_MEMORY_ATTRIBUTES", e.ENOTTY): Hint("the kernel has no memory attributes (KVM_CAP_MEMORY_ATTRIBUTES)", Remedy.ATTRIBUTES),
     ("KVM_PRE_FAULT_MEMORY", e.EINVAL): "flags must be 0, gpa and size aligned to 4 KiB, size not 0",
     ("KVM_PRE_FAULT_MEMORY", e.ENOENT): "the range starts outside every memory slot",
     ("KVM_PRE_FAULT_MEMORY", e.EOPNOTSUPP): "not with shadow paging, and on SNP only after LAUNCH_FINISH",
     ("KVM_PRE_FAULT_MEMORY", e.EAGAIN): "the slot is being deleted or moved: try again",
     ("KVM_ENABLE_CAP", e.EINVAL): "this VM cannot enable the capability, or args[0] has bits that KVM_CHECK_EXTENSION does not offer",
-    ("KVM_ENABLE_CAP", e.EBADF): "args[0] of COPY or MOVE_ENC_CONTEXT_FROM must be the fd of a VM",
-    ("KVM_ENABLE_CAP", e.EBUSY): "one of the two VMs is being moved already",
-    ("KVM_MEMORY_ENCRYPT_OP", e.ENOTTY): _NOT_SEV,
-    ("KVM_MEMORY_ENCRYPT_OP", e.EINVAL): "the command does not exist, or a mirror VM may not run it",
-    ("KVM_MEMORY_ENCRYPT_OP", e.EPERM): "an SNP VM takes only SNP commands",
-    ("KVM_MEMORY_ENCRYPT_OP", e.ENODEV): "the security processor is absent: load ccp, look for 'sev' in dmesg",
-    ("KVM_MEMORY_ENCRYPT_OP", e.EBUSY): "the security processor is dead or busy: see dmesg",
-    ("KVM_MEMORY_ENCRYPT_OP", e.EIO): "the firmware refused, or this VM was moved away and is dead",
-    ("KVM_MEMORY_ENCRYPT_REG_REGION", e.ENOTTY): _NOT_SEV,
-    ("KVM_MEMORY_ENCRYPT_REG_REGION", e.EINVAL): "size must not be 0 nor wrap; a mirror VM cannot register memory",
-    ("KVM_MEMORY_ENCRYPT_REG_REGION", e.ENOMEM): "the range cannot be pinned: raise RLIMIT_MEMLOCK (ulimit -l) or"
-    " give CAP_IPC_LOCK; the range must be mapped writable",
-    ("KVM_MEMORY_ENCRYPT_UNREG_REGION", e.ENOTTY): _NOT_SEV,
-    ("KVM_MEMORY_ENCRYPT_UNREG_REGION", e.EINVAL): "address and size must be those of one registration, exactly",
+    (
+        "KVM_ENABLE_CAP(197)",
+        e.EINVAL,
+    ): "a VM cannot mirror itself; this one must not be SEV nor have vCPUs; the source must be SEV and no mirror",
+    (
+        "KVM_ENABLE_CAP(206)",
+        e.EINVAL,
+    ): "a VM cannot move into itself; both must be of one type, this one not SEV, the source SEV (not SNP); on"
+    " SEV-ES as many vCPUs here as there, and every VMSA of the source encrypted",
+    **{
+        (f"KVM_ENABLE_CAP({cap})", number): hint
+        for cap in (197, 206)  # VM_COPY_ENC_CONTEXT_FROM, VM_MOVE_ENC_CONTEXT_FROM
+        for number, hint in (
+            (e.EBADF, Hint("args[0] must be the fd of a VM")),
+            (e.EBUSY, Hint("one of the two VMs is being moved or mirrored by another thread", Remedy.AGAIN)),
+            (e.EINTR, Hint("a fatal signal came while the two VMs were being locked", Remedy.AGAIN)),
+            (e.ENOMEM, Hint("the kernel has no memory for it", Remedy.MEMORY)),
+        )
+    },
     ("KVM_X86_SET_MSR_FILTER", e.EINVAL): "unknown flags, an empty default-deny filter, or a bitmap over 0x600 bytes",
-    ("KVM_RUN", e.EINVAL): "an SEV type VM needs INIT2 first, and an SEV-ES vCPU a valid VMSA (LAUNCH_UPDATE_VMSA)",
-    ("KVM_RUN", e.EIO): "this VM is dead: it was moved away, or another process tries to run it",
+    ("KVM_RUN", e.EINVAL): Hint(
+        "a VM of an SEV type that did not run INIT2 (one that took its context from another VM by MOVE stays so)", Remedy.INIT2
+    ),
+    ("KVM_RUN", e.EIO): Hint("this VM is dead", Remedy.DEAD_VM),
     ("KVM_RUN", e.ENOEXEC): "the vCPU is not initialised",
     ("KVM_SET_CPUID2", e.EINVAL): "CPUID cannot change after the first KVM_RUN, or a leaf contradicts the host",
     ("KVM_SET_CPUID2", e.E2BIG): "too many CPUID entries",
@@ -117,111 +129,27 @@ HINTS: dict[tuple[str, int], str] = {
         for verb in ("GET", "SET")
         for what in ("REGS", "SREGS", "SREGS2", "DEBUGREGS", "XCRS", "XSAVE", "FPU", "VCPU_EVENTS")
     },
-    # --- SEV commands
-    ("KVM_SEV_INIT", e.EINVAL): "only on a type-0 VM without vCPUs that is not SEV yet; types 2 and 3 take INIT2",
-    ("KVM_SEV_INIT", e.EBUSY): "no free SEV ASID: end another guest, or raise the BIOS's SEV ASID limit",
-    ("KVM_SEV_ES_INIT", e.EINVAL): "only on a type-0 VM without vCPUs that is not SEV yet; types 2 and 3 take INIT2",
-    ("KVM_SEV_ES_INIT", e.EBUSY): "no free SEV-ES ASID: raise 'SEV-ES ASID Space Limit' in the BIOS",
-    ("KVM_SEV_ES_INIT", e.ENOTTY): "SEV-ES is disabled on this host: kvm_amd.sev_es, BIOS",
-    ("KVM_SEV_INIT2", e.EINVAL): "in the kernel's order: VM type must be SEV or SEV-ES and not initialised, no vCPUs"
-    " yet, flags 0, vmsa_features within attribute KVM_X86_SEV_VMSA_FEATURES, ghcb_version 0 on SEV and <= 2 on SEV-ES",
-    ("KVM_SEV_INIT2", e.EBUSY): "no free ASID of this kind: end another guest, or change the BIOS's ASID split",
-    ("KVM_SEV_LAUNCH_START", e.EBADF): "sev_fd must be an open /dev/sev",
-    ("KVM_SEV_LAUNCH_START", e.EINVAL): "certificate or session longer than 16 KiB, or an address with length 0",
-    ("KVM_SEV_LAUNCH_UPDATE_DATA", e.EINVAL): "length 0, or the range wraps",
-    ("KVM_SEV_LAUNCH_UPDATE_DATA", e.ENOMEM): "the range cannot be pinned: raise RLIMIT_MEMLOCK or give CAP_IPC_LOCK",
-    ("KVM_SEV_LAUNCH_UPDATE_VMSA", e.ENOTTY): "only SEV-ES guests have VMSAs",
-    ("KVM_SEV_LAUNCH_UPDATE_VMSA", e.EINVAL): "a vCPU is being debugged, has a non-default DR7, or is encrypted already",
-    ("KVM_SEV_LAUNCH_SECRET", e.EINVAL): "the guest range must be physically contiguous: keep it inside one page",
-    ("KVM_SEV_LAUNCH_MEASURE", e.EINVAL): "the buffer is longer than 16 KiB",
-    ("KVM_SEV_SEND_START", e.EINVAL): "PDH certificate and session are required, session within 16 KiB",
-    ("KVM_SEV_SEND_UPDATE_DATA", e.EINVAL): "addresses and guest_len are required; one page at most, not across two",
-    ("KVM_SEV_RECEIVE_START", e.EINVAL): "PDH certificate and session, with their lengths, are required",
-    ("KVM_SEV_RECEIVE_START", e.EBADF): "sev_fd must be an open /dev/sev",
-    ("KVM_SEV_RECEIVE_UPDATE_DATA", e.EINVAL): "every field is required; one page at most, not across two",
-    ("KVM_SEV_DBG_DECRYPT", e.EINVAL): "addresses and length must not be 0",
-    ("KVM_SEV_DBG_ENCRYPT", e.EINVAL): "addresses and length must not be 0",
-    # --- /dev/sev
-    ("SEV_ISSUE_CMD", e.ENODEV): "the security processor is absent or failed to start: see dmesg, load ccp",
-    ("SEV_ISSUE_CMD", e.EINVAL): "this kernel does not know the command",
-    ("SEV_ISSUE_CMD", e.EPERM): "the command changes the platform: open /dev/sev for writing (as root)",
-    ("SEV_PDH_CERT_EXPORT", e.EPERM): "the platform is not initialised: open /dev/sev for writing, or start a guest",
-    ("SEV_FACTORY_RESET", e.EBUSY): "guests are running: end them first",
-    ("SEV_GET_ID2", ENOTSUPP): "needs SEV API 0.16 or newer",
     # --- files
     ("fallocate", e.EOPNOTSUPP): "a guest_memfd takes KEEP_SIZE with or without PUNCH_HOLE, and nothing else",
     ("fallocate", e.EINVAL): "offset and length must be multiples of 4 KiB, not empty, inside the file",
     ("mmap", e.ENODEV): "a guest_memfd can be mapped only if it was created with GUEST_MEMFD_FLAG_MMAP",
 }
 
-GENERIC_HINTS: dict[int, str] = {
-    e.ENOTTY: "this kernel, or this kind of fd, does not have the ioctl",
-    e.EFAULT: "an address in the argument is not mapped in this process",
-    e.EIO: "this VM is dead (moved away), or it belongs to another process's memory",
-    e.EBADF: "the fd was closed",
-    e.EINTR: "a signal arrived; call again",
-    e.ENOMEM: "free memory, or raise the limits of this process",
-    e.EMFILE: "raise RLIMIT_NOFILE (ulimit -n)",
-    e.EPERM: "this process may not do that",
+HINTS: dict[tuple[str, int], Hint] = {
+    **{key: said if isinstance(said, Hint) else Hint(said) for key, said in _KVM.items()},
+    **words_sev.HINTS,
 }
+"""(ioctl or command, errno) -> why and what to do."""
 
-FIRMWARE: dict[int, tuple[str, str]] = {
-    0x00: ("success", ""),
-    0x01: ("the platform is in the wrong state", "read SEV_PLATFORM_STATUS; INIT is needed, or no running guest"),
-    0x02: ("the guest is in the wrong state", "read KVM_SEV_GUEST_STATUS and follow START, UPDATE, MEASURE, FINISH"),
-    0x03: ("the platform's configuration is invalid", "reset the configuration in the BIOS"),
-    0x04: ("a buffer is too short", "the needed length was written back: pass a buffer of that length"),
-    0x05: ("the platform already has an owner", "SEV_FACTORY_RESET gives it back"),
-    0x06: ("a certificate is invalid", "check kind, version and 2084-byte length, and the chain"),
-    0x07: ("the guest's policy forbids it", "NODBG forbids debugging, NOSEND sending; API version must be in reach"),
-    0x08: ("the guest is not active", "it has no ASID: LAUNCH_START binds one"),
-    0x09: ("an address is invalid", "addresses and lengths must be multiples of 16 bytes, and pinned"),
-    0x0A: ("a signature is wrong", "the certificate is not signed by the key above it"),
-    0x0B: ("a measurement or MAC is wrong", "keys, policy, API version or build do not match what the owner used"),
-    0x0C: ("the ASID is taken", "use another ASID"),
-    0x0D: ("the ASID is invalid", "it is outside this guest kind's range: see CPUID 0x8000001F"),
-    0x0E: ("caches must be written back first", "the kernel does this; report it"),
-    0x0F: ("a data fabric flush is needed first", "the kernel does this; report it"),
-    0x10: ("no such guest", "the handle is stale: the guest was decommissioned"),
-    0x11: ("no such command", "the firmware is too old for the command"),
-    0x12: ("the guest is active", "deactivate it first"),
-    0x13: ("a hardware error that leaves the platform usable", "retry; see dmesg"),
-    0x14: ("a hardware error that makes the platform unsafe", "reset the machine"),
-    0x15: ("not supported", "firmware or CPU lacks the feature"),
-    0x16: ("a parameter is invalid", "check reserved fields and flags"),
-    0x17: ("a resource limit is reached", "end other guests"),
-    0x18: ("the secret packet does not verify", "wrong TIK or TEK, wrong lengths, or another measurement"),
-    0x19: ("wrong page size", "RMP and command disagree about 4 KiB or 2 MiB"),
-    0x1A: ("wrong page state", "the RMP entry is not in the state that the command needs"),
-    0x1B: ("a metadata entry is invalid", ""),
-    0x1C: ("the page belongs to another guest", ""),
-    0x1D: ("the message counter would overflow", "start a new context"),
-    0x1F: ("the command left the ring buffer", ""),
-    0x20: ("the RMP must be initialised first", "run SNP_INIT"),
-    0x21: ("a security version number is too low", "the firmware image is older than the committed one"),
-    0x22: ("a version is wrong", "the firmware image is older than the committed one"),
-    0x23: ("the platform must be shut down first", "run SNP_SHUTDOWN"),
-    0x24: ("the firmware update failed", "the old firmware runs on"),
-    0x25: ("the firmware must be restored", "load the committed firmware image"),
-    0x26: ("initialising the RMP failed", "see dmesg; check the BIOS's RMP coverage"),
-    0x27: ("a key is invalid", ""),
-    0x28: ("shutting down did not complete", "repeat it"),
-    0x30: ("a buffer has the wrong length", ""),
-    0x31: ("a longer buffer is requested", "repeat with a longer buffer"),
-    0x32: ("a device message is to be delivered", ""),
-    0x33: ("the device answered with an error", ""),
-    0x35: ("the device connection has an error", ""),
-    0x36: ("the device context is invalid", ""),
-    0x37: ("the device interface's context is invalid", ""),
-    0x38: ("the device interface is invalid", ""),
-    0x39: ("memory must be reclaimed first", ""),
-    0x3A: ("in use", ""),
-    0x3B: ("the device is in the wrong state", ""),
-    0x3C: ("the device interface is in the wrong state", ""),
-    0x3D: ("the device's certificate changed", ""),
-    0x3E: ("a resynchronisation is needed", ""),
-    0x3F: ("the response is too large", ""),
-    0xFFFF_FFFF: ("the firmware was not reached", "the kernel refused before calling it"),
+GENERIC_HINTS: dict[int, Hint] = {
+    e.ENOTTY: Hint("this kernel, or this kind of fd, does not have the ioctl"),
+    e.EFAULT: Hint("an address in the argument is not mapped in this process"),
+    e.EIO: Hint("this VM is dead", Remedy.DEAD_VM),
+    e.EBADF: Hint("the fd was closed"),
+    e.EINTR: Hint("a signal arrived", Remedy.AGAIN),
+    e.ENOMEM: Hint("out of memory", Remedy.MEMORY),
+    e.EMFILE: Hint("this process has too many files open", Remedy.FILES),
+    e.EPERM: Hint("this process may not do that"),
 }
 
 
@@ -229,5 +157,5 @@ def hint_for(names: tuple[str, ...], code: int) -> str:
     """The hint of the first of `names` that has one for this errno, else what the errno means anywhere, else ""."""
     for name in names:
         if hint := HINTS.get((name, code)):
-            return hint
-    return GENERIC_HINTS.get(code, "")
+            return str(hint)
+    return str(GENERIC_HINTS.get(code, ""))

@@ -1,7 +1,8 @@
 """What this host can do, per rung, with evidence and remedy: the answer behind `sevmm doctor` and behind the skip texts of the tests.
 
 The rungs, best first: a SEV-ES, a SEV, a SW_PROTECTED, a plain VM on the machine's own kernel, and the software model. A rung's verdict is
-made of facts that were gathered by asking (`doctor_machine`, `doctor_kvm`); the first deciding fact that is not ok gives reason and remedy.
+made of facts that were gathered by asking (`doctor_machine`, `doctor_kvm`, `doctor_sev`); the first deciding fact that is not ok gives
+reason and remedy. Remedies are those of `kvmapi.remedies`, which exceptions quote too.
 
     >>> diagnosis = examine()
     >>> diagnosis.rung("model").state
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmapi.abi import caps, ioctls
-from vmm import doctor_kvm, doctor_machine
+from vmm import doctor_kvm, doctor_machine, doctor_sev
 from vmm.facts import NO, OK, UNKNOWN, Fact, Surroundings, errno_words
 
 KINDS = ("kvm", "sev", "sev-es", "sw-protected", "hypercall", "memory-attributes", "guest-memfd", "gcc", "model")
@@ -72,7 +73,8 @@ class Diagnosis:
 def examine(where: Surroundings | None = None) -> Diagnosis:
     """Ask everything. Never raises: what cannot be asked is a fact that says so."""
     where = where or Surroundings()
-    facts = (*doctor_machine.gather(where), *doctor_kvm.gather(where.open_kernel, where.probe_guests), model(where))
+    kvm_facts = doctor_kvm.gather(where.open_kernel, where.probe_guests)
+    facts = (*doctor_machine.gather(where), *kvm_facts, *doctor_sev.gather(where), model(where))
     collected = Diagnosis((), facts)
     kernel_rungs = [_sev_rung("sev-es", collected), _sev_rung("sev", collected), _sw_protected(collected)]
     return Diagnosis((*kernel_rungs, _plain(collected), _model_rung(collected)), facts)
@@ -141,7 +143,8 @@ def _decide(name: str, diagnosis: Diagnosis, deciding: tuple[str, ...], reason: 
 def _sev_rung(name: str, diagnosis: Diagnosis) -> RungVerdict:
     deciding = ("dev-kvm", "kvm", f"type-{name}", "encrypt-op", "dev-sev")
     reason = f"KVM offers the type, and {diagnosis.fact('encrypt-op').evidence}"
-    return _decide(name, diagnosis, deciding, reason, ("hypercall-exits", "memlock"))
+    missing = tuple(fact for fact in (f"{name}-asids", "sev-firmware") if diagnosis.fact(fact).state == NO)  # unknown is no news
+    return _decide(name, diagnosis, deciding, reason, ("hypercall-exits", "memlock", *missing))
 
 
 def _sw_protected(diagnosis: Diagnosis) -> RungVerdict:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import caps, ioctls, structs
+from kvmapi.remedies import Remedy
 from vmm.facts import NO, OK, UNKNOWN, Fact, errno_words
 
 if TYPE_CHECKING:
@@ -26,15 +27,14 @@ if TYPE_CHECKING:
 VM_TYPES = ("plain", "sw-protected", "sev", "sev-es", "snp", "tdx")
 """Names of the bits of KVM_CAP_VM_TYPES (KVM_X86_*_VM)."""
 
-TYPE_REMEDIES = {
-    "sw-protected": "a kernel with CONFIG_KVM_SW_PROTECTED_VM=y; or --on model",
-    "sev": "an AMD host with SEV (kvm_amd sev=1); or --on model",
-    "sev-es": "an AMD host with SEV-ES (kvm_amd sev_es=1)",
+TYPE_REMEDIES: dict[str, str] = {
+    "sw-protected": Remedy.SW_PROTECTED,
+    "sev": Remedy.SEV,
+    "sev-es": Remedy.SEV_ES,
 }
 
 _HC_MAP_GPA_RANGE = 1 << 12
 _GRP_SEV = 1  # KVM_X86_GRP_SEV; attribute 0 is KVM_X86_SEV_VMSA_FEATURES
-_NEWER = "a kernel that has it, or --on model"
 
 
 @dataclass
@@ -113,7 +113,7 @@ def create_vm(scratch: Scratch) -> Fact:
     """A VM of type 0."""
     title = "plain VM"
     if scratch.vm < 0:
-        return Fact("create-vm", title, NO, f"KVM_CREATE_VM(0): {errno_words(-scratch.vm)}", "see the kernel log; or --on model")
+        return Fact("create-vm", title, NO, f"KVM_CREATE_VM(0): {errno_words(-scratch.vm)}", f"see the kernel log; {Remedy.MEMORY}")
     return Fact("create-vm", title, OK, "KVM_CREATE_VM(0) gives an fd")
 
 
@@ -136,7 +136,7 @@ def hypercall_exits(scratch: Scratch, probe_guests: bool) -> Fact:
     mask = scratch.capability(caps.KVM_CAP_EXIT_HYPERCALL)
     evidence = f"KVM_CAP_EXIT_HYPERCALL = {mask:#x}"
     if not mask & _HC_MAP_GPA_RANGE:
-        return Fact("hypercall-exits", title, NO, f"{evidence}: no bit 12 (MAP_GPA_RANGE)", _NEWER)
+        return Fact("hypercall-exits", title, NO, f"{evidence}: no bit 12 (MAP_GPA_RANGE)", Remedy.NEWER_KERNEL)
     if not probe_guests:
         return Fact("hypercall-exits", title, UNKNOWN, f"{evidence}; not tried with a guest")
     from vmm import probe
@@ -157,7 +157,7 @@ def guest_memfd(scratch: Scratch) -> Fact:
     evidence = f"KVM_CAP_GUEST_MEMFD = {on_vm} on a plain VM, {system} on /dev/kvm; flags {flags:#x} ({', '.join(names) or 'none'})"
     if on_vm or system:
         return Fact("guest-memfd", title, OK, evidence)
-    return Fact("guest-memfd", title, NO, evidence, _NEWER)
+    return Fact("guest-memfd", title, NO, evidence, Remedy.NEWER_KERNEL)
 
 
 def memory_attributes(scratch: Scratch) -> Fact:
@@ -165,7 +165,7 @@ def memory_attributes(scratch: Scratch) -> Fact:
     title = "memory attributes"
     mask = scratch.system_capability(caps.KVM_CAP_MEMORY_ATTRIBUTES)
     evidence = f"KVM_CAP_MEMORY_ATTRIBUTES = {mask:#x}"
-    remedy = "CONFIG_KVM_SW_PROTECTED_VM=y (or a host with SEV-SNP or TDX); or --on model"
+    remedy = Remedy.ATTRIBUTES
     if scratch.vm >= 0:
         nothing = structs.kvm_memory_attributes(address=0, size=4096, attributes=0, flags=0)
         answer = scratch.host.ioctl(scratch.vm, ioctls.KVM_SET_MEMORY_ATTRIBUTES, ctypes.addressof(nothing))
@@ -179,14 +179,14 @@ def memory_fault_exits(scratch: Scratch) -> Fact:
     """KVM_EXIT_MEMORY_FAULT: how a missing private page is reported."""
     value = scratch.capability(caps.KVM_CAP_MEMORY_FAULT_INFO)
     evidence = f"KVM_CAP_MEMORY_FAULT_INFO = {value}"
-    return Fact("memory-fault-exits", "memory fault exits", OK if value else NO, evidence, "" if value else _NEWER)
+    return Fact("memory-fault-exits", "memory fault exits", OK if value else NO, evidence, "" if value else Remedy.NEWER_KERNEL)
 
 
 def msr_exits(scratch: Scratch) -> Fact:
     """KVM_CAP_X86_USER_SPACE_MSR."""
     value = scratch.capability(caps.KVM_CAP_X86_USER_SPACE_MSR)
     evidence = f"KVM_CAP_X86_USER_SPACE_MSR = {value:#x}"
-    return Fact("msr-exits", "MSR exits", OK if value else NO, evidence, "" if value else _NEWER)
+    return Fact("msr-exits", "MSR exits", OK if value else NO, evidence, "" if value else Remedy.NEWER_KERNEL)
 
 
 def encrypt_op(scratch: Scratch) -> Fact:
@@ -198,7 +198,7 @@ def encrypt_op(scratch: Scratch) -> Fact:
     evidence = f"KVM_MEMORY_ENCRYPT_OP(NULL): {_answer(answer)}"
     if answer in (0, -14):
         return Fact("encrypt-op", title, OK, evidence)
-    return Fact("encrypt-op", title, NO, evidence, "kvm_amd with sev=1 on a SEV host; or --on model")
+    return Fact("encrypt-op", title, NO, evidence, Remedy.SEV)
 
 
 def sev_init2(scratch: Scratch) -> Fact:
@@ -209,7 +209,7 @@ def sev_init2(scratch: Scratch) -> Fact:
     evidence = f"KVM_HAS_DEVICE_ATTR(KVM_X86_GRP_SEV, VMSA_FEATURES): {_answer(answer)}"
     if answer == 0:
         return Fact("sev-init2", "KVM_SEV_INIT2", OK, evidence)
-    return Fact("sev-init2", "KVM_SEV_INIT2", NO, evidence, "a host with SEV and a kernel with KVM_SEV_INIT2; or --on model")
+    return Fact("sev-init2", "KVM_SEV_INIT2", NO, evidence, f"a kernel with KVM_SEV_INIT2 on {Remedy.SEV}")
 
 
 def enc_context_caps(scratch: Scratch, encrypt: Fact) -> Fact:
@@ -219,10 +219,10 @@ def enc_context_caps(scratch: Scratch, encrypt: Fact) -> Fact:
     move = scratch.capability(caps.KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM)
     evidence = f"KVM_CAP_VM_COPY_ENC_CONTEXT_FROM = {copy}, KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM = {move}"
     if encrypt.ok:
-        return Fact("enc-context", title, OK if move else NO, evidence, "" if move else _NEWER)
+        return Fact("enc-context", title, OK if move else NO, evidence, "" if move else Remedy.NEWER_KERNEL)
     if copy or move:
         evidence += "; no evidence of SEV: these answer 1 here although SEV commands are refused"
-    return Fact("enc-context", title, NO, evidence, "a host with SEV; or --on model")
+    return Fact("enc-context", title, NO, evidence, Remedy.SEV)
 
 
 def _answer(result: int) -> str:

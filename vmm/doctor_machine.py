@@ -14,6 +14,7 @@ import resource
 import stat
 import struct
 
+from kvmapi.remedies import Remedy, open_device
 from vmm.facts import NO, OK, UNKNOWN, Fact, Surroundings, errno_words
 
 SEV_LEAF = 0x8000001F
@@ -61,7 +62,7 @@ def cpu(where: Surroundings) -> Fact:
 def cpu_sev(where: Surroundings) -> Fact:
     """CPUID 0x8000001F from /dev/cpu/0/cpuid, else the kernel's flags in /proc/cpuinfo."""
     title = "SEV in the processor"
-    remedy = "an AMD EPYC processor with SEV enabled in the firmware setup; meanwhile --on model"
+    remedy = Remedy.SEV
     registers = _cpuid(where, SEV_LEAF)
     if registers is not None:
         eax, ebx, ecx, edx = registers
@@ -92,8 +93,7 @@ def kvm_module(where: Surroundings) -> Fact:
         return Fact("kvm-module", title, OK, f"/sys/module: {', '.join(names)}")
     if names:
         return Fact("kvm-module", title, UNKNOWN, "/sys/module: kvm and no vendor module (it may be built in, or not loaded)")
-    remedy = "modprobe kvm_amd (or kvm_intel); in a virtual machine, nested virtualisation"
-    return Fact("kvm-module", title, NO, "/sys/module: no kvm", remedy)
+    return Fact("kvm-module", title, NO, "/sys/module: no kvm", Remedy.KVM_MODULE)
 
 
 def module_parameters(where: Surroundings) -> Fact:
@@ -101,12 +101,11 @@ def module_parameters(where: Surroundings) -> Fact:
     title = "SEV in kvm_amd"
     values = {name: where.read(f"/sys/module/kvm_amd/parameters/{name}") for name in ("sev", "sev_es", "sev_snp")}
     if all(value is None for value in values.values()):
-        return Fact("kvm-amd", title, NO, "no /sys/module/kvm_amd/parameters/{sev,sev_es,sev_snp}", "an AMD host with kvm_amd loaded")
+        return Fact("kvm-amd", title, NO, "no /sys/module/kvm_amd/parameters/{sev,sev_es,sev_snp}", Remedy.SEV)
     evidence = "/sys/module/kvm_amd/parameters: " + ", ".join(f"{name}={value or 'absent'}" for name, value in values.items())
     if values["sev"] in ("Y", "y", "1"):
         return Fact("kvm-amd", title, OK, evidence)
-    remedy = "modprobe -r kvm_amd; modprobe kvm_amd sev=1 sev_es=1 (and SEV enabled in the firmware setup)"
-    return Fact("kvm-amd", title, NO, evidence, remedy)
+    return Fact("kvm-amd", title, NO, evidence, Remedy.KVM_AMD)
 
 
 def device(where: Surroundings, path: str) -> Fact:
@@ -114,10 +113,7 @@ def device(where: Surroundings, path: str) -> Fact:
     name = path.strip("/").replace("/", "-")
     title = path
     node = where.path(path)
-    absent = {
-        "/dev/kvm": "modprobe kvm_amd (or kvm_intel), in a container pass --device /dev/kvm; without it everything runs with --on model",
-        "/dev/sev": "an AMD host with SEV, firmware support and the ccp module (modprobe ccp); meanwhile --on model",
-    }[path]
+    absent = {"/dev/kvm": Remedy.KVM_NODE, "/dev/sev": Remedy.SEV_NODE}[path]
     try:
         mode = node.stat()
     except OSError as error:
@@ -141,8 +137,7 @@ def memlock(_where: Surroundings) -> Fact:
         return Fact("memlock", "locked memory", OK, f"{evidence}; does not apply, CAP_IPC_LOCK is held")
     if soft == resource.RLIM_INFINITY or soft >= 64 << 20:
         return Fact("memlock", "locked memory", OK, evidence)
-    remedy = "ulimit -l unlimited as root, or memlock in /etc/security/limits.conf; SEV guests on a real host need their size and more"
-    return Fact("memlock", "locked memory", NO, evidence, remedy)
+    return Fact("memlock", "locked memory", NO, f"{evidence}: SEV guests on a real host need their size and more", Remedy.MEMLOCK)
 
 
 def tool(where: Surroundings, name: str, remedy: str) -> Fact:
@@ -195,10 +190,8 @@ def _group(gid: int) -> str:
 def _permission_remedy(path: str, node: os.stat_result, absent: str, error: OSError) -> str:
     if not isinstance(error, PermissionError):
         return absent
-    group = _group(node.st_gid)
-    if node.st_mode & 0o060 == 0o060 and node.st_gid != 0:
-        return f"sudo usermod -aG {group} $USER and log in again (group {group} may open {path}); or --on model"
-    return f"sudo chgrp kvm {path} && sudo chmod 660 {path}, then join the group kvm; or run as root; or --on model"
+    group_may = node.st_mode & 0o060 == 0o060 and node.st_gid != 0
+    return open_device(path, _group(node.st_gid), group_may=group_may)
 
 
 def _has_capability(number: int) -> bool:
