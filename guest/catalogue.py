@@ -20,6 +20,7 @@ class Guest:
     PRIVATE attribute but no guest_memfd behind it, so that the first touch of each page is a memory fault exit.
     `protocol` says which contract the image follows: "sevmm" (docs/seams.md, section 4) or "multiboot", which has a linker script
     and start-up code of its own beside its source.
+    `takes_secret` marks guests that look at the secret page; without a secret they fail.
     `sample` marks guests that do not pass by design (they never end, or die) and exist for tests of the VMM.
 
         >>> find("private-memory").types
@@ -31,6 +32,7 @@ class Guest:
     types: tuple[str, ...] = ("plain", "sw-protected", "sev")
     needs: frozenset[str] = frozenset()
     lazy_private: bool = False
+    takes_secret: bool = False
     sample: bool = False
     protocol: str = "sevmm"
 
@@ -66,6 +68,12 @@ GUESTS: tuple[Guest, ...] = (
         "a 32-bit Multiboot image finds what its contract promises (memory map, command line, CPUs) and reaches 64-bit mode by itself",
         types=("plain",),
         protocol="multiboot",
+    ),
+    Guest(
+        "secret",
+        "a secret that its owner sealed after the measurement arrives in private memory, and the guest proves it without showing it",
+        types=("sev",),
+        takes_secret=True,
     ),
     Guest("spin", "a guest that never ends can be stopped", sample=True),
     Guest("crash", "an exception nobody expects ends the guest with one line and exit code 0x7f", sample=True),

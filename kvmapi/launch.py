@@ -7,6 +7,8 @@
     measured.secret(header, ciphertext, hva)     # if the owner has one
     running = measured.finish()
 
+On every step from `Started` on there are also `attestation_report`, `dbg_decrypt` and `dbg_encrypt`.
+
 A step that leads to another state uses its object up: taking a second step from it raises `LaunchOrderError`. After
 each of them GUEST_STATUS is read back, and `LaunchStateError` says what differs from what the launch expects. A
 step that failed leaves its object usable.
@@ -18,11 +20,13 @@ import ctypes
 from dataclasses import dataclass
 
 from kvmapi.abi import sev as s
-from kvmapi.abi.cert import SEV_SECRET_HEADER_SIZE
+from kvmapi.abi.cert import SEV_ATTESTATION_REPORT_SIZE, SEV_SECRET_HEADER_SIZE
 from kvmapi.abi.psp import SEV_RET_INVALID_LEN
 from kvmapi.errors import KvmError, LaunchOrderError, LaunchStateError
 from kvmapi.sev import SevPlatform
 from kvmapi.vm import Vm
+
+NONCE_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,49 @@ class Launch(_Step):
         return Started(self.vm, policy, data.handle)
 
 
-class Started(_Step):
+class _InFirmware(_Step):
+    """A step on which the firmware knows the guest: commands that change neither its state nor the launch."""
+
+    def attestation_report(self, nonce: bytes) -> bytes:
+        """GET_ATTESTATION_REPORT: the launch digest with the owner's 16-byte `nonce`, signed by the platform's PEK.
+
+        `kvmapi.attestation` reads and verifies it. Raises ValueError (nonce), KvmError.
+        """
+        self._require_open("GET_ATTESTATION_REPORT")
+        if len(nonce) != NONCE_SIZE:
+            raise ValueError(f"the nonce of an attestation report has {NONCE_SIZE} bytes, not {len(nonce)}")
+        data = s.kvm_sev_attestation_report()
+        data.mnonce[:] = nonce
+        try:
+            self.vm.sev_op(s.KVM_SEV_GET_ATTESTATION_REPORT, data)
+        except KvmError as error:
+            if error.fw_error != SEV_RET_INVALID_LEN:
+                raise
+        if not SEV_ATTESTATION_REPORT_SIZE <= data.len <= s.SEV_FW_BLOB_MAX_SIZE:
+            raise LaunchStateError(f"GET_ATTESTATION_REPORT wants {data.len} bytes, where {SEV_ATTESTATION_REPORT_SIZE} are known")
+        buffer = ctypes.create_string_buffer(data.len)
+        data.uaddr = ctypes.addressof(buffer)
+        self.vm.sev_op(s.KVM_SEV_GET_ATTESTATION_REPORT, data)
+        return buffer.raw[: data.len]
+
+    def dbg_decrypt(self, hva: int, size: int) -> bytes:
+        """DBG_DECRYPT: the plaintext of host virtual [hva, hva+size) of the guest; any alignment.
+
+        Raises KvmError, with the firmware's POLICY_FAILURE for a guest whose policy says NODBG.
+        """
+        self._require_open("DBG_DECRYPT")
+        buffer = ctypes.create_string_buffer(size)
+        self.vm.sev_op(s.KVM_SEV_DBG_DECRYPT, s.kvm_sev_dbg(src_uaddr=hva, dst_uaddr=ctypes.addressof(buffer), len=size))
+        return buffer.raw
+
+    def dbg_encrypt(self, hva: int, data: bytes) -> None:
+        """DBG_ENCRYPT: write `data` into the guest's private memory at host virtual `hva`; any alignment. Errors as `dbg_decrypt`."""
+        self._require_open("DBG_ENCRYPT")
+        buffer = ctypes.create_string_buffer(data, len(data))
+        self.vm.sev_op(s.KVM_SEV_DBG_ENCRYPT, s.kvm_sev_dbg(src_uaddr=ctypes.addressof(buffer), dst_uaddr=hva, len=len(data)))
+
+
+class Started(_InFirmware):
     """Memory and registers are being measured and encrypted (LAUNCH_UPDATE)."""
 
     def update_data(self, hva: int, size: int) -> None:
@@ -140,7 +186,7 @@ class Started(_Step):
         return Measured(self.vm, self.policy, self.handle, buffer.raw[:32], buffer.raw[32 : s.MEASURE_SIZE])
 
 
-class Measured(_Step):
+class Measured(_InFirmware):
     """Measured; secrets may be put in (LAUNCH_SECRET). `measure` is the MAC (32 bytes), `nonce` the firmware's (16)."""
 
     def __init__(self, vm: Vm, policy: int, handle: int, measure: bytes, nonce: bytes) -> None:
@@ -178,5 +224,5 @@ class Measured(_Step):
         return Running(self.vm, self.policy, self.handle)
 
 
-class Running(_Step):
+class Running(_InFirmware):
     """Launched: KVM_RUN is allowed."""

@@ -16,7 +16,8 @@ from typing import Self
 VMSA_SIZE = 4096
 UPDATE_ALIGNMENT = 16
 _CONTEXT_MEASURE = 0x04
-_VERSION_IN_MAC = (0, 17)
+VERSION_IN_MAC = (0, 17)
+"""Firmware of this API version or later has it in its MACs: the version in the measurement, the measurement in secret packets."""
 
 Readable = bytes | bytearray | memoryview
 
@@ -66,7 +67,7 @@ def expected_measure(tik: bytes, digest: bytes, nonce: bytes, *, policy: int, ap
     `api_major`, `api_minor` and `build` are the platform's (SEV_PLATFORM_STATUS), `policy` that of LAUNCH_START.
     """
     message = policy.to_bytes(4, "little") + digest + nonce
-    if (api_major, api_minor) >= _VERSION_IN_MAC:
+    if (api_major, api_minor) >= VERSION_IN_MAC:
         message = bytes((_CONTEXT_MEASURE, api_major, api_minor, build)) + message
     return hmac.digest(tik, message, "sha256")
 

@@ -75,7 +75,10 @@ class SevPlatform(Descriptor):
         return PlatformStatus(data.api_major, data.api_minor, data.build, data.state, data.flags, data.guest_count)
 
     def pdh_cert_export(self) -> tuple[bytes, bytes]:
-        """The platform's Diffie-Hellman certificate (2084 bytes), and its chain PEK, OCA, CEK (three more)."""
+        """The platform's Diffie-Hellman certificate (2084 bytes), and its chain PEK, OCA, CEK (three more).
+
+        Hardware exports its CEK without AMD's signature; the signed one is AMD's to give, by `get_id`.
+        """
         data = psp.sev_user_data_pdh_cert_export()
         self._query_length(psp.SEV_PDH_CERT_EXPORT, data)
         pdh = ctypes.create_string_buffer(data.pdh_cert_len)
@@ -85,7 +88,7 @@ class SevPlatform(Descriptor):
         return pdh.raw[: data.pdh_cert_len], chain.raw[: data.cert_chain_len]
 
     def get_id(self) -> bytes:
-        """The chip's unique id (64 bytes per socket)."""
+        """The chip's unique id (64 bytes per socket): what AMD's key server knows its certificate by. Needs API 0.16 (ENOTSUPP)."""
         data = psp.sev_user_data_get_id2()
         self._query_length(psp.SEV_GET_ID2, data)
         buffer = ctypes.create_string_buffer(data.length)
@@ -93,14 +96,37 @@ class SevPlatform(Descriptor):
         self.issue(psp.SEV_GET_ID2, data)
         return buffer.raw[: data.length]
 
+    # ---- what changes the platform: EPERM unless /dev/sev could be opened for writing
+    def factory_reset(self) -> None:
+        """Forget the owner; new OCA, PEK and PDH. The platform is uninitialised afterwards. EBUSY while it has guests."""
+        self.issue(psp.SEV_FACTORY_RESET)
+
+    def pek_gen(self) -> None:
+        """A new platform endorsement key, and a new PDH; the platform owns itself again. INVALID_PLATFORM_STATE while it has guests."""
+        self.issue(psp.SEV_PEK_GEN)
+
+    def pdh_gen(self) -> None:
+        """A new Diffie-Hellman key: sessions that owners made for the old one are worthless."""
+        self.issue(psp.SEV_PDH_GEN)
+
     def pek_csr(self) -> bytes:
-        """A request for a certificate of the platform endorsement key, for an owner to sign."""
+        """A request for a certificate of the platform endorsement key (2084 bytes), for an owner to sign. Not while there are guests."""
         data = psp.sev_user_data_pek_csr()
         self._query_length(psp.SEV_PEK_CSR, data)
         buffer = ctypes.create_string_buffer(data.length)
         data.address = ctypes.addressof(buffer)
         self.issue(psp.SEV_PEK_CSR, data)
         return buffer.raw[: data.length]
+
+    def pek_cert_import(self, pek: bytes, oca: bytes) -> None:
+        """Give the platform an owner: `pek` is the request of `pek_csr`, signed; `oca` the owner's self-signed certificate.
+
+        Firmware statuses: ALREADY_OWNED (`pek_gen` or `factory_reset` first), INVALID_CERTIFICATE, BAD_SIGNATURE. EINVAL for
+        empty certificates and those above 16 KiB.
+        """
+        pek_buffer, oca_buffer = ctypes.create_string_buffer(pek, len(pek) or 1), ctypes.create_string_buffer(oca, len(oca) or 1)
+        data = psp.sev_user_data_pek_cert_import(ctypes.addressof(pek_buffer), len(pek), ctypes.addressof(oca_buffer), len(oca))
+        self.issue(psp.SEV_PEK_CERT_IMPORT, data)
 
     def _query_length(self, cmd: int, data: ctypes.Structure) -> None:
         """Issue a command with empty buffers: the firmware says INVALID_LEN and writes the lengths it wants."""

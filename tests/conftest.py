@@ -100,6 +100,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             require(item.config, kind)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_state(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The command line's model keeps a platform in the user's state directory: tests have one of their own."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
 @pytest.fixture
 def kernel_host(request: pytest.FixtureRequest) -> Any:
     """The machine's own kernel behind the seam; skips where /dev/kvm does not open."""
@@ -130,7 +136,9 @@ def _kernel() -> Any:
 def _model() -> Any:
     from kvmapi.model.host import ModelHost
 
-    return ModelHost()
+    host = ModelHost()
+    _ = host.platform.firmware  # its vault lives as long as the host, and is there before a test looks for leaks
+    return host
 
 
 def open_fds() -> dict[int, str]:
@@ -144,20 +152,22 @@ def open_fds() -> dict[int, str]:
     return found
 
 
+_MAPPED = ("memfd:", "anon_inode:", "secretmem", "/dev/kvm", "/dev/zero")
+
+
 def device_mappings() -> list[str]:
-    """Mappings of what a VMM maps: memfds, guest_memfds, anonymous inodes of KVM. Sorted, one line each."""
+    """Mappings of what a VMM maps: memfds, guest_memfds, anonymous inodes of KVM, the model's secret memory. Sorted, one line each."""
     lines = Path("/proc/self/maps").read_text().splitlines()
-    return sorted(
-        line.split(None, 5)[5] for line in lines if any(word in line for word in ("memfd:", "anon_inode:", "/dev/kvm", "/dev/zero"))
-    )
+    return sorted(line.split(None, 5)[5] for line in lines if any(word in line for word in _MAPPED))
 
 
 @pytest.fixture
-def no_leaks() -> Iterator[None]:
+def no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     """The test leaves behind the fds and the VMM's kinds of mappings that it found, no more."""
     gc.collect()
     fds, mappings = open_fds(), device_mappings()
     yield
+    request.node.funcargs.clear()  # pytest holds hosts and what they map until after this
     gc.collect()
     left = {fd: name for fd, name in open_fds().items() if fds.get(fd) != name}
     assert not left, f"fds left open: {left}"

@@ -3,7 +3,7 @@
 Everything is computed as bytes by GPA and as register values; nothing here touches guest memory or KVM, so the same pages can be written,
 measured and tested.
 
-    0x01000 GDT   0x02000 IDT   0x04000 boot info   0x05000 shared page   0x08000.. page tables
+    0x01000 GDT   0x02000 IDT   0x04000 boot info   0x05000 shared page   0x06000 secret page   0x08000.. page tables
     0x40000 + 8 KiB * vCPU stacks   0xC0000 + 128 * vCPU TSS   0x100000.. image   0x800000 test area   0xD0000000 hole
 
 Invariants: the identity map covers all memory and the hole, page 0 is absent; on a guest with a C-bit, every entry has it (tables are
@@ -14,16 +14,17 @@ C-bit: page-table walks of a SEV guest are private whatever it says (AMD APM vol
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvmapi.abi.vcpu import kvm_regs, kvm_segment, kvm_sregs
+    from vmm.image import Image, Segment
 
 PAGE = 0x1000
 LARGE = 0x200000
-GDT, IDT, BOOT_INFO, SHARED_PAGE, TABLES = 0x1000, 0x2000, 0x4000, 0x5000, 0x8000
+GDT, IDT, BOOT_INFO, SHARED_PAGE, SECRET_PAGE, TABLES = 0x1000, 0x2000, 0x4000, 0x5000, 0x6000, 0x8000
 STACKS, STACK_SIZE = 0x40000, 0x2000
 TSS, TSS_STRIDE, TSS_LIMIT = 0xC0000, 128, 0x67
 TEST_AREA, TEST_SIZE = 0x800000, 0x800000
@@ -39,10 +40,15 @@ MIN_MEMORY = 16 << 20
 MAX_MEMORY = LOW_MEMORY_MAX + (((STACKS - TABLES) // PAGE - 14) << 30)
 """One page of tables maps 1 GiB, and the tables end where the stacks begin: 45 GiB."""
 
+SECRET_MAGIC = b"SEVMMSEC"
+MAX_SECRET = PAGE - 16
+"""Bytes of a secret: the secret page holds magic and length before it."""
+
 MSR = 0x40000ABC
 MAX_ARGUMENTS = 1023
 FEATURE_HYPERCALL, FEATURE_MSR, FEATURE_IMPLICIT, FEATURE_MMIO = 1, 2, 4, 8
 
+_ZEROES = memoryview(bytes(LARGE))
 _TABLE, _LEAF, _LARGE_LEAF = 0x63, 0x63, 0xE3  # present, writable, accessed, dirty; bit 7: 2 MiB
 _CODE64, _DATA = 0x00AF9B000000FFFF, 0x00CF93000000FFFF
 _CR0, _CR4, _EFER = 0x80010033, 0x620, 0xD01
@@ -68,6 +74,18 @@ class BootInfo:
         return bytes(page)
 
 
+def secret_page(secret: bytes | bytearray) -> bytearray:
+    """What goes to the start of the secret page for `secret` (1 to `MAX_SECRET` bytes): magic, length, bytes, zeroes up to
+    a multiple of 16, which is what the firmware takes. A bytearray, so that the caller can wipe it. Raises ValueError.
+    """
+    if not 1 <= len(secret) <= MAX_SECRET:
+        raise ValueError(f"a secret has 1 to {MAX_SECRET} bytes, not {len(secret)}")
+    page = bytearray(-(-(16 + len(secret)) // 16) * 16)
+    struct.pack_into("<8sQ", page, 0, SECRET_MAGIC, len(secret))
+    page[16 : 16 + len(secret)] = secret
+    return page
+
+
 def memory_layout(size: int) -> list[tuple[int, int]]:
     """`(gpa, size)` of the pieces of `size` bytes of guest memory: up to 3 GiB from 0, the rest from 4 GiB."""
     low = min(size, LOW_MEMORY_MAX)
@@ -75,7 +93,7 @@ def memory_layout(size: int) -> list[tuple[int, int]]:
 
 
 def pages(info: BootInfo, symbols: Mapping[str, int]) -> dict[int, bytes]:
-    """All pages the VMM writes for the guest, by GPA; stacks are there as zeroes because a guest starts with them."""
+    """The pages the VMM makes up for the guest, by GPA; stacks are there as zeroes because a guest starts with them."""
     found: dict[int, bytes] = {}
     for gpa, data in (
         (GDT, gdt(info.vcpus)),
@@ -88,6 +106,35 @@ def pages(info: BootInfo, symbols: Mapping[str, int]) -> dict[int, bytes]:
         for at in range(0, len(data), PAGE):
             found[gpa + at] = data[at : at + PAGE].ljust(PAGE, b"\0")
     return found
+
+
+def contents(info: BootInfo, image: Image) -> dict[int, bytes | memoryview]:
+    """Everything a guest of our contract starts with, `{gpa: data}` in ascending order: whole pages, in pieces that do not
+    overlap. The image's own bytes are views of it, not copies, and its zeroes (.bss) are views of one buffer.
+    """
+    found: dict[int, bytes | memoryview] = dict(pages(info, image.symbols))
+    for segment in image.segments:
+        found.update(_pieces(segment))
+    return dict(sorted(found.items()))
+
+
+def _pieces(segment: Segment) -> Iterator[tuple[int, bytes | memoryview]]:
+    """A segment as pieces of whole pages: a first page it begins in the middle of, whole pages, the page its data ends in, zeroes."""
+    data, gpa = memoryview(segment.data), segment.gpa
+    before = gpa % PAGE
+    if before:
+        yield gpa - before, (bytes(before) + data[: PAGE - before]).ljust(PAGE, b"\0")
+        data, gpa = data[PAGE - before :], gpa - before + PAGE
+    whole = len(data) // PAGE * PAGE
+    if whole:
+        yield gpa, data[:whole]
+    if whole < len(data):
+        yield gpa + whole, bytes(data[whole:]).ljust(PAGE, b"\0")
+    gpa += -(-len(data) // PAGE) * PAGE
+    while gpa < segment.end:
+        size = min(len(_ZEROES), -(-(segment.end - gpa) // PAGE) * PAGE)
+        yield gpa, _ZEROES[:size]
+        gpa += size
 
 
 def gdt(vcpus: int) -> bytes:

@@ -6,8 +6,9 @@
 Why this order: INIT2 must precede vCPUs (arch/x86/kvm/svm/sev.c), CPUID precedes registers because KVM reserves CR3's C-bit by it,
 memory is written before the launch because afterwards our own mapping of it shows ciphertext.
 
-What is private at the start differs by type and is true in both the map and the tables the guest gets: on SEV everything but the shared
-page and the test area; on SW_PROTECTED nothing, because user space has no way to put an image into private memory there; on plain nothing.
+What is private at the start differs by type and is true in both the map and the tables the guest gets: on SEV and SEV-ES everything
+but the shared page and the test area; on SW_PROTECTED nothing, because user space has no way to put an image into private memory
+there; on plain nothing.
 
 Invariants: `Machine` either exists with everything built, or `build` raised and left nothing behind; `close` releases vCPUs, VM, memory,
 system, in this order, and may be called twice.
@@ -17,10 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import caps, kvm
+from kvmapi.abi.vcpu import kvm_regs
 from vmm import boot
 from vmm.conversion import Converter, MapOnly
 from vmm.devices import Devices
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from kvmapi.vm import Vm
     from vmm.foreign import Pc
     from vmm.launch import SevLaunch
+    from vmm.measure import Measurement
     from vmm.report import LaunchReport
 
 SLOT_LOW, SLOT_HIGH, SLOT_TEST, SLOT_ABOVE_TEST = 0, 1, 2, 3
@@ -54,6 +57,9 @@ class MachineConfig:
     """What to build, and on which host (None: not chosen yet; enough for `check`). `type` is a key of `vmm.rungs.TYPES`; `memory` in
     bytes; `policy` of a SEV launch, None = the default.
 
+    `secret`: what a SEV guest's owner gives it after the measurement matched; `record`: keep the hash of everything measured; `progress`:
+    see `vmm.launch.Progress`.
+
     `hypercalls`: whether the host delivers MAP_GPA_RANGE exits when it offers them (see `vmm.probe`). `lazy_private`: give the test
     area the PRIVATE attribute and no guest_memfd, so that its first touch is a memory fault (SW_PROTECTED only).
     """
@@ -68,6 +74,9 @@ class MachineConfig:
     hypercalls: bool = True
     lazy_private: bool = False
     console: Callable[[bytes], None] | None = None
+    secret: bytes | bytearray | None = field(default=None, repr=False)
+    record: bool = False
+    progress: Callable[[int, int], None] | None = None
 
     def check(self) -> None:
         """Raises `ConfigError` for what no host can build."""
@@ -85,6 +94,10 @@ class MachineConfig:
             raise ConfigError(f"a launch policy means nothing to a VM of type {self.type}")
         if self.policy is not None and not 0 <= self.policy < 1 << 32:
             raise ConfigError(f"policy {self.policy:#x} does not fit 32 bits")
+        if self.secret is not None and not self.type.startswith("sev"):
+            raise ConfigError(f"a VM of type {self.type} has no owner who could give it a secret: use type sev")
+        if self.secret is not None and not 1 <= len(self.secret) <= boot.MAX_SECRET:
+            raise ConfigError(f"a secret of {len(self.secret)} bytes: it must have 1 to {boot.MAX_SECRET}")
         if self.image.protocol != SEVMM:
             self._check_foreign()
         if self.lazy_private and self.type != "sw-protected":
@@ -130,6 +143,7 @@ class Machine:
         self.handlers: list[Handler] = []  # see every exit before the dispatcher; add to it before `run`
         self.c_mask = 0
         self.vcpus: list[Vcpu] = []
+        self._areas: list[bytes] = []  # the VMSAs that the registers should become (SEV-ES)
         self._stack = ExitStack()
         with self._stack:
             self._build()
@@ -150,6 +164,20 @@ class Machine:
         if self.launch is not None and not self.launch.match:
             return Outcome("error", message="the firmware's launch measurement is not the expected one: the guest was not run")
         return RunLoop(self.vcpus, self.devices.ports, self.dispatcher, self.handlers).run(timeout)
+
+    def measurement(self, guest: str) -> Measurement | None:
+        """What the launch measured, for a file (`vmm.saved_launch`); None without a launch. Needs `record` in the config."""
+        from vmm.measure import INIT2, Answer, Measurement, Setup
+
+        launch, config = self.launch, self.config
+        if launch is None:
+            return None
+        setup = Setup(
+            guest, config.type, launch.policy, config.memory, config.vcpus, config.arguments, INIT2,
+            self.c_mask.bit_length() - 1, self.features,
+        )  # fmt: skip
+        answer = Answer(launch.version, launch.nonce, launch.measure)
+        return Measurement("launch", setup, launch.digest, launch.regions, launch.vmsas, answer)
 
     def notes(self) -> list[str]:
         """What a person should know after a run, one sentence each."""
@@ -174,10 +202,10 @@ class Machine:
         self.memory = GuestMemory(vm, self.map)
         self._stack.callback(self.memory.close)
         self._stack.callback(vm.close)
-        if config.type == "sev":
+        if config.type.startswith("sev"):
             from vmm.launch import SevLaunch
 
-            sev = SevLaunch(self.host, vm, config.policy)
+            sev = SevLaunch(self.host, vm, config.policy, config.type)
             self._stack.callback(sev.close)
         cpuid = system.supported_cpuid()
         if self.pc is not None:
@@ -189,11 +217,11 @@ class Machine:
         if sev is not None:
             sev.pin(self.memory)
         self._add_vcpus(vm, cpuid)
-        pages = self._load()
+        contents = self._load()
         if config.lazy_private:
             self._make_test_area_lazy(vm)
         if sev is not None:
-            self._launch(sev, pages)
+            self._launch(sev, contents)
         backing = GuestMemfdBacking(vm, self.memory) if config.type == "sw-protected" else MapOnly()
         self.converter = Converter(self.map, backing)
         self.dispatcher = Dispatcher(self.memory, self.converter, self.devices)
@@ -246,35 +274,35 @@ class Machine:
             sregs = vcpu.get_sregs()
             boot.set_system_registers(sregs, index, self.config.vcpus)
             vcpu.set_sregs(sregs)
-            regs = vcpu.get_regs()
+            regs = kvm_regs()  # not the reset values: KVM's RDX says which processor it is, and would be measured with SEV-ES
             boot.set_registers(regs, self.config.image.entry, index)
             vcpu.set_regs(regs)
+            if self.config.type == "sev-es":
+                from kvmapi.vmsa import build_vmsa
 
-    def _load(self) -> dict[int, bytes]:
-        """Write image and boot pages; returns all pages the guest starts with, by GPA (of a foreign guest: what was written)."""
+                self._areas.append(build_vmsa(regs, sregs))
+
+    def _load(self) -> dict[int, bytes | memoryview]:
+        """Write image and boot pages; returns everything the guest starts with, by GPA (of a foreign guest: nothing)."""
         config = self.config
         if self.pc is not None:
             written = self.pc.pages()
             for gpa, data in [*written.items(), *((segment.gpa, segment.data) for segment in config.image.segments)]:
                 self.memory.write(gpa, data)
-            return written
+            return {}
         info = boot.BootInfo(self.type, self.c_mask, config.memory, config.vcpus, self.features, config.arguments)
-        pages = boot.pages(info, config.image.symbols)
-        for segment in config.image.segments:
-            for page in range(segment.gpa & ~0xFFF, segment.end, boot.PAGE):
-                start = max(page - segment.gpa, 0)
-                before = max(segment.gpa - page, 0)
-                data = bytes(before) + segment.data[start : page + boot.PAGE - segment.gpa]
-                pages[page] = data.ljust(boot.PAGE, b"\0")
-        for gpa, data in pages.items():
-            self.memory.write(gpa, data)
-        return pages
+        contents = boot.contents(info, config.image)
+        for gpa, piece in contents.items():
+            for at in range(0, len(piece), boot.LARGE):  # memory.write copies what it is given
+                self.memory.write(gpa + at, piece[at : at + boot.LARGE])
+        return contents
 
-    def _launch(self, sev: SevLaunch, pages: dict[int, bytes]) -> None:
+    def _launch(self, sev: SevLaunch, contents: dict[int, bytes | memoryview]) -> None:
         """The measured launch. A guest whose measurement is wrong stays unfinished and cannot run (`Machine.run` says so)."""
         from vmm.launch import mark_private
 
-        self.launch = sev.run(self.memory, pages)
+        config = self.config
+        self.launch = sev.run(self.memory, contents, self._areas, secret=config.secret, record=config.record, progress=config.progress)
         mark_private(self.map, self.memory)
 
     def _make_test_area_lazy(self, vm: Vm) -> None:

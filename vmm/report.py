@@ -12,10 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmm.conversion import Conversion
 from vmm.gpamap import MappedRange
+
+if TYPE_CHECKING:
+    from vmm.measure import MeasuredRegion, MeasuredVmsa
 
 RESULTS = ("pass", "fail", "timeout", "unsupported", "error")
 
@@ -31,6 +34,9 @@ class LaunchReport:
 
     `digest` is our SHA-256 over everything that was measured, `measure` the firmware's 32-byte MAC, `nonce` its 16-byte nonce,
     `expected` our own MAC over digest and nonce with the owner's integrity key; `match` says that the two MACs are equal.
+
+    Not in the JSON: `version` of the firmware (API major, minor, build); `regions` and `vmsas` with their hashes, where they were asked
+    for (`vmm.measure`; VMSAs of SEV-ES only).
     """
 
     policy: int
@@ -39,6 +45,9 @@ class LaunchReport:
     nonce: bytes
     expected: bytes
     match: bool
+    version: tuple[int, int, int] = (0, 0, 0)
+    regions: tuple[MeasuredRegion, ...] | None = None
+    vmsas: tuple[MeasuredVmsa, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object under `launch`; byte strings as hex."""

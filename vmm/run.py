@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,11 @@ class GuestRequest:
     = no limit. `arguments`: text the guest finds in its boot info, at most 1023 bytes. `console`: called with console output line by
     line as it comes (bytes). `host`: use this Host instead of choosing one (tests, recording). `on_stage`: called with the machine and
     the stage number when the guest writes the stage port, in the vCPU's thread, while that vCPU is stopped.
+
+    `secret`: 1 to `boot.MAX_SECRET` bytes that the guest's owner seals for it once its measurement matched (type sev; never shown
+    anywhere, and a bytearray may be wiped by the caller after the call). `save_launch`: a file for what was measured
+    (`vmm.saved_launch`), written before the guest starts. `progress`: called with bytes measured and bytes to measure, while a SEV guest
+    is launched.
     """
 
     guest: str
@@ -60,6 +65,9 @@ class GuestRequest:
     console: Callable[[bytes], None] | None = None
     host: Host | None = None
     on_stage: Callable[[Machine, int], None] | None = None
+    secret: bytes | bytearray | None = field(default=None, repr=False)
+    save_launch: str | None = None
+    progress: Callable[[int, int], None] | None = None
 
 
 def run_guest(request: GuestRequest) -> RunReport:
@@ -82,7 +90,8 @@ def run_guest(request: GuestRequest) -> RunReport:
         report.message = str(failure) or type(failure).__name__
     else:
         with machine:
-            _run(request, machine, report)
+            if _saved(request, machine, report):
+                _run(request, machine, report)
     return report
 
 
@@ -90,25 +99,28 @@ def _build(request: GuestRequest, report: RunReport) -> Machine:
     """Everything before the guest's first instruction; `report` learns the type and the rung."""
     from vmm.machine import Machine
 
-    row = _find(request)
+    row = find_guest(request.guest)
     report.type = request.type or (row.types[0] if row else "plain")
     _check(request, report.type, row)
-    image = _image(request, row)
+    image = load_guest(request.guest, row)
     return Machine(_config(request, report, row, image))
 
 
 # -- before the run ----------------------------------------------------------------------------------------------------------------------
 
 
-def _find(request: GuestRequest) -> Guest | None:
-    """The catalogue row of a bundled name; None for a path. A name wins over a file of the same name: write ./NAME for the file."""
+def find_guest(name: str) -> Guest | None:
+    """The catalogue row of a bundled name; None for a path. A name wins over a file of the same name: write ./NAME for the file.
+
+    Raises `Refused` where there is neither.
+    """
     from guest.catalogue import GUESTS
 
     for row in GUESTS:
-        if row.name == request.guest:
+        if row.name == name:
             return row
-    if os.sep not in request.guest and not os.path.exists(request.guest):
-        raise Refused(f"{request.guest!r} is neither a bundled guest ({', '.join(g.name for g in GUESTS)}) nor a file")
+    if os.sep not in name and not os.path.exists(name):
+        raise Refused(f"{name!r} is neither a bundled guest ({', '.join(g.name for g in GUESTS)}) nor a file")
     return None
 
 
@@ -122,20 +134,38 @@ def _check(request: GuestRequest, type: str, row: Guest | None) -> None:
         raise Refused(f"there is no dialect {request.dialect!r}; there is mainline")
     if row is not None and type not in row.types:
         raise Refused(f"the guest {row.name} runs on type {' or '.join(row.types)}, not on {type}")
+    if request.secret is not None and type != "sev":
+        raise Refused(f"only a guest of type sev can be given a secret, not one of type {type}")
+    if request.secret is not None and row is not None and not row.takes_secret:
+        raise Refused(f"the guest {row.name} does not look for a secret; the guest secret does")
+    if request.save_launch is not None:
+        _check_save(request.save_launch, type)
     if type == "sev-es":
-        raise Unsupported("launching SEV-ES guests is not built yet", "use --type sev")
+        raise Unsupported("running SEV-ES guests is not built yet (their launch is: sevmm measure --type sev-es)", "use --type sev")
     if request.timeout is not None and not request.timeout > 0:
         raise Refused(f"a time limit of {request.timeout} s is not more than 0")
     if len(request.arguments.encode(errors="surrogateescape")) > MAX_ARGUMENTS:
         raise Refused(f"the guest's arguments must be at most {MAX_ARGUMENTS} bytes")
 
 
-def _image(request: GuestRequest, row: Guest | None) -> Image:
-    """Load the guest; build it first if it is a bundled one."""
+def _check_save(path: str, type: str) -> None:
+    """A launch can be saved where there is one, and where the file can be written: better asked now than after it."""
+    from vmm.saved_launch import SavedLaunchError, check_target
+
+    if not type.startswith("sev"):
+        raise Refused(f"a guest of type {type} is not measured, so there is no launch to save; use type sev")
+    try:
+        check_target(path)
+    except SavedLaunchError as refusal:
+        raise Refused(str(refusal)) from refusal
+
+
+def load_guest(path: str, row: Guest | None) -> Image:
+    """Load the guest; build it first if it is a bundled one (`row`). Raises ImageError, Unsupported (no compiler), OSError."""
     from vmm.image import load
 
     if row is None:
-        return load(request.guest)
+        return load(path)
     from guest.build import BuildError, ToolMissing, build
 
     try:
@@ -154,7 +184,7 @@ def _config(request: GuestRequest, report: RunReport, row: Guest | None, image: 
         wanted = MachineConfig(
             image=image, type=report.type, memory=request.memory, vcpus=request.vcpus, policy=request.policy,
             arguments=request.arguments.encode(errors="surrogateescape"), lazy_private=bool(row and row.lazy_private),
-            console=request.console,
+            console=request.console, secret=request.secret, record=request.save_launch is not None, progress=request.progress,
         )  # fmt: skip
         wanted.check()
     except ConfigError as refusal:
@@ -176,6 +206,22 @@ def _kernel_hypercalls(host: Host, needs: frozenset[str]) -> bool:
 
 
 # -- the run -----------------------------------------------------------------------------------------------------------------------------
+
+
+def _saved(request: GuestRequest, machine: Machine, report: RunReport) -> bool:
+    """Write the launch to its file if that was asked for; False when it could not be written, and then the guest is not run."""
+    if request.save_launch is None:
+        return True
+    from vmm.saved_launch import SavedLaunchError, save
+
+    measurement = machine.measurement(request.guest)
+    try:
+        if measurement is not None:
+            save(measurement, request.save_launch)
+    except SavedLaunchError as failure:
+        report.launch, report.message = machine.launch, f"{failure}; the guest was not run"
+        return False
+    return True
 
 
 def _run(request: GuestRequest, machine: Machine, report: RunReport) -> None:

@@ -107,15 +107,83 @@ def _kernel(type: str, needs: Set[str]) -> tuple[Host, str]:
 def _model(type: str, reason: str) -> Rung:
     """The model's host; raises `Unsupported` when the model lacks the type or cannot be loaded."""
     try:
-        from kvmapi.model.host import ModelHost
-
-        host: Host = ModelHost()
+        host, note = _model_host(keeps=type.startswith("sev"))
         mask = _vm_types(host)
     except (ImportError, OSError) as failure:
         raise Unsupported(f"the model cannot be loaded: {failure}", "pip install unicorn==2.1.4 cryptography") from failure
     if not mask >> TYPES[type] & 1:
         raise Unsupported(f"the model has no VM type {type} (KVM_CAP_VM_TYPES = {mask:#x})", "use another --type")
-    return Rung("model", host, reason)
+    return Rung("model", host, reason + note)
+
+
+def _model_host(keeps: bool) -> tuple[Host, str]:
+    """A fresh model. With `keeps` it is this user's platform, whose keys outlive the process; a note when they cannot.
+
+    Raises `Unsupported` when the platform's file is damaged: it holds keys, so nobody but its owner throws it away.
+    """
+    from kvmapi.model.host import ModelHost
+
+    if not keeps:
+        return ModelHost(), ""
+    from kvmapi.model.platform import Platform
+    from kvmapi.model.sev.store import Store, StoreError, StoreUnreachableError, default_path
+
+    try:
+        store = Store(default_path())
+        store.check()
+    except StoreUnreachableError as failure:
+        return ModelHost(), f"; its platform's keys are not kept, because {failure.path} cannot be written: {failure.reason}"
+    except StoreError as failure:
+        reason = f"the model platform's keys in {failure.path} cannot be used: {failure.reason}"
+        raise Unsupported(reason, failure.remedy) from failure
+    return ModelHost(Platform(store=store)), ""
+
+
+def choose_platform(on: str = "auto") -> Rung:
+    """Choose the host whose /dev/sev answers: `auto` takes the kernel when it has one that opens, if only for reading.
+
+    Raises `Unsupported`, and ValueError for a rung that does not exist.
+    """
+    if on not in RUNGS:
+        raise ValueError(f"rung {on!r} does not exist")
+    reason = "asked for"
+    if on != "model":
+        from kvmapi.kernel import KernelHost
+
+        host = KernelHost()
+        try:
+            mode = _opens(host, "/dev/sev")
+            return Rung("kernel", host, f"/dev/sev opens for {mode}")
+        except OSError as failure:
+            reason = f"/dev/sev cannot be opened: {(failure.strerror or str(failure)).lower()}"
+            if on == "kernel":
+                raise Unsupported(reason, "run as root on a SEV host, or use --on model") from failure
+    try:
+        model, note = _model_host(keeps=True)
+    except (ImportError, OSError) as failure:
+        raise Unsupported(f"the model cannot be loaded: {failure}", "pip install unicorn==2.1.4 cryptography") from failure
+    return Rung("model", model, reason + note)
+
+
+def _opens(host: Host, path: str) -> str:
+    try:
+        host.close(host.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError:
+        host.close(host.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        return "reading only"
+    return "reading and writing"
+
+
+def amd_certificates(rung: Rung) -> bytes:
+    """ASK and ARK above the platform of a rung: the model has its own; those of hardware are AMD's to publish (b"")."""
+    platform = getattr(rung.host, "platform", None)
+    return b"" if platform is None else bytes(platform.firmware.identity.amd_certificates)
+
+
+def kept_in(rung: Rung) -> str:
+    """The file with the keys of a model's platform; "" for keys that end with the process, and for hardware."""
+    store = getattr(getattr(rung.host, "platform", None), "store", None)
+    return "" if store is None else str(store.path)
 
 
 def _vm_types(host: Host) -> int:

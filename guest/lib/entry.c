@@ -84,6 +84,20 @@ bool argument_value(const struct boot_info *boot, const char *key, uint64_t *val
 	return digits != 0;
 }
 
+/* key=TEXT, up to the next space; NULL where the key is missing or has no value. Not NUL-terminated. */
+const char *argument_text(const struct boot_info *boot, const char *key, size_t *length)
+{
+	const char *end = boot->arguments + sizeof(boot->arguments);
+	const char *at = find(boot, key), *stop;
+
+	if (!at || *at++ != '=')
+		return NULL;
+	for (stop = at; stop < end && *stop && *stop != ' '; stop++)
+		;
+	*length = stop - at;
+	return at;
+}
+
 const char *vm_type_name(uint64_t type)
 {
 	static const char *const names[] = { "plain", "sw-protected", "sev", "sev-es" };

@@ -75,6 +75,7 @@ _Noreturn void guest_exit(unsigned code);
 _Noreturn void guest_halt(void);
 bool argument(const struct boot_info *boot, const char *word);
 bool argument_value(const struct boot_info *boot, const char *key, uint64_t *value);
+const char *argument_text(const struct boot_info *boot, const char *key, size_t *length);
 const char *vm_type_name(uint64_t type);
 void announce(const struct boot_info *boot, unsigned stage);
 

@@ -2,7 +2,8 @@
 
 Layouts are those of AMD's SEV tool and of virtee's sev crate (facts only); all integers little-endian, everything
 packed. The certificate is AMD's own format, not X.509: 16 bytes of head, a public key that fills 1028 bytes
-whatever its kind, and two signatures of 520 bytes each: 2084 bytes.
+whatever its kind, and two signatures of 520 bytes each: 2084 bytes. AMD's own two certificates above it (ASK, ARK) have
+a third form: a head of 64 bytes, then public exponent, modulus and signature, as long as the head says.
 """
 
 from __future__ import annotations
@@ -72,6 +73,29 @@ class sev_cert(Structure):
         ("pubkey", sev_ecc_pubkey),
         ("sig1", sev_cert_signature),
         ("sig2", sev_cert_signature),
+    ]
+
+
+AMD_CERT_VERSION = 1
+AMD_CERT_KEY_BITS = (2048, 4096)
+"""Naples has 2048-bit keys and SHA-256, later families 4096-bit keys and SHA-384."""
+
+
+class amd_cert_head(Structure):
+    """The fixed part of AMD's certificates (ASK, ARK); `pub_exp_size` and `modulus_size` are in bits.
+
+    Public exponent, modulus and signature follow, little-endian; the signature covers everything before it.
+    """
+
+    _pack_ = 1
+    _fields_ = [
+        ("version", u32),
+        ("key_id", u8 * 16),
+        ("certifying_id", u8 * 16),
+        ("key_usage", u32),
+        ("reserved", u8 * 16),
+        ("pub_exp_size", u32),
+        ("modulus_size", u32),
     ]
 
 

@@ -90,7 +90,8 @@ class Activity:
         if init:
             self._take_init()
         if self.state == kvm.KVM_MP_STATE_INIT_RECEIVED and sipi is not None:
-            sregs.start_at(cpu, sipi)
+            if not self._vcpu.vm.sev.es_active:  # an SEV-ES vCPU starts as its VMSA says
+                sregs.start_at(cpu, sipi)
             self.state = kvm.KVM_MP_STATE_RUNNABLE
         if lapic is not None:
             deadline = lapic.deadline()
@@ -116,7 +117,8 @@ class Activity:
 
     def _take_init(self) -> None:
         cpu = self._vcpu.cpu
-        sregs.init(cpu)
+        with self._vcpu.kvms_own():
+            sregs.init(cpu)
         cpu.events.reset()
         if self.lapic is not None:
             self.lapic.reset(init=True)

@@ -34,6 +34,8 @@ _vm_types = (ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, cty
 _readv = ctypes.CFUNCTYPE(ctypes.c_ssize_t, *_vm_types, use_errno=True)(("process_vm_readv", _libc))
 _madvise = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, use_errno=True)(("madvise", _libc))
 _MADV_POPULATE_READ, _MADV_POPULATE_WRITE = 22, 23
+_mincore = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, use_errno=True)(("mincore", _libc))
+_MINCORE = 1 << 20  # pages asked about at once
 _writev = ctypes.CFUNCTYPE(ctypes.c_ssize_t, *_vm_types, use_errno=True)(("process_vm_writev", _libc))
 
 
@@ -57,6 +59,12 @@ class Memory(Protocol):
     def write(self, address: int, data: bytes) -> None:
         """Store all of `data`, or Errno(EFAULT) (a prefix may have been stored, as copy_to_user does)."""
 
+    def read_into(self, address: int, buffer: memoryview) -> None:
+        """Fill a writable buffer of ours from `address`, or Errno(EFAULT): `read` for large pieces, with one copy."""
+
+    def write_from(self, address: int, buffer: memoryview) -> None:
+        """`write` from a writable buffer of ours, with one copy."""
+
     def pointer(self, address: int, size: int) -> int:
         """Where this range of the caller's memory is mapped in *our* process, for the CPU engine and in-place
         encryption.
@@ -65,8 +73,10 @@ class Memory(Protocol):
     def accessible(self, address: int, write: bool) -> bool:
         """Can the page at `address` be read (and written, if asked) now?"""
 
-    def pinnable(self, address: int, size: int) -> bool:
-        """Could every page of [address, address+size) be pinned for writing?"""
+    def pinnable(self, address: int, size: int, write: bool = True, whole: bool = False) -> bool:
+        """Could every page of [address, address+size) be pinned (for writing)? `whole`: the caller is about to use all of
+        it, so every page may be faulted in to find out.
+        """
 
 
 _SMALL = 512  # bytes: nearly every struct of an ioctl
@@ -99,6 +109,10 @@ def _forked() -> None:
 
 
 os.register_at_fork(after_in_child=_forked)
+
+
+def _address(buffer: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 class OwnMemory:
@@ -136,6 +150,14 @@ class OwnMemory:
         if self._copy(_writev, ctypes.addressof(buffer), address, len(data)) != len(data):
             raise Errno(errno.EFAULT)
 
+    def read_into(self, address: int, buffer: memoryview) -> None:
+        if self._copy(_readv, _address(buffer), address, len(buffer)) != len(buffer):
+            raise Errno(errno.EFAULT)
+
+    def write_from(self, address: int, buffer: memoryview) -> None:
+        if self._copy(_writev, _address(buffer), address, len(buffer)) != len(buffer):
+            raise Errno(errno.EFAULT)
+
     def pointer(self, address: int, size: int) -> int:
         return address
 
@@ -149,10 +171,20 @@ class OwnMemory:
         byte = ctypes.create_string_buffer(1)
         return self._copy(_readv, ctypes.addressof(byte), address, 1) == 1
 
-    def pinnable(self, address: int, size: int) -> bool:
-        # Only the ends are tried: populating gigabytes to answer this would use the memory that a sparse guest never
-        # touches.
-        return self.accessible(address & -PAGE, True) and self.accessible((address + size - 1) & -PAGE, True)
+    def pinnable(self, address: int, size: int, write: bool = True, whole: bool = False) -> bool:
+        first, last = address & -PAGE, (address + size - 1) & -PAGE
+        if not (self.accessible(first, write) and self.accessible(last, write)):
+            return False
+        if whole and _can_populate():
+            advice = _MADV_POPULATE_WRITE if write else _MADV_POPULATE_READ
+            return _madvise(first, last + PAGE - first, advice) == 0 or ctypes.get_errno() == errno.EAGAIN
+        # Populating gigabytes to answer this would use the memory that a sparse guest never touches: between the ends
+        # it is only asked whether something is mapped.
+        resident = (ctypes.c_ubyte * min(_MINCORE, (last - first) // PAGE))()
+        return all(
+            _mincore(at, min(_MINCORE * PAGE, last - at), resident) == 0 or ctypes.get_errno() != errno.ENOMEM
+            for at in range(first, last, _MINCORE * PAGE)
+        )
 
 
 class EventFd:

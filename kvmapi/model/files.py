@@ -4,7 +4,8 @@ A file is released when its last fd is closed *and* no other file needs it: a VM
 guest_memfd of it is open, as in the kernel, where each of those holds a reference.
 
 VMs and vCPUs belong to the process (the mm) that made them: after a fork, the child gets EIO from each of their ioctls,
-and closing its copies of the fds takes nothing from the parent.
+and closing its copies of the fds takes nothing from the parent. The same EIO is what a dead VM (one whose encryption
+context was moved away) and its vCPUs answer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 Handler = Callable[[int, "Caller"], int]
 
 
-class _NotYours(dict[int, Handler]):
+class _Refusing(dict[int, Handler]):
     """Whatever is asked: EIO."""
 
     def get(self, request: int, default: object = None) -> Handler:
@@ -50,7 +51,16 @@ class File:
         self._lost = True
         self._reference_lock = threading.Lock()  # another thread of the parent may have held it
         if self.belongs_to_mm:
-            self.handlers = _NotYours()
+            self.refuse()
+
+    @property
+    def lost(self) -> bool:
+        """Is this the copy that a forked child has of its parent's file?"""
+        return self._lost
+
+    def refuse(self) -> None:
+        """From now on every ioctl, known or not, answers EIO: the caller is a stranger, or the VM is dead."""
+        self.handlers = _Refusing()
 
     def acquire(self) -> None:
         """One more holder."""

@@ -1,7 +1,8 @@
 """The modelled machine: which VM types and capabilities it has, its CPUID, and its SEV firmware.
 
 Capability answers are data. What the model lacks answers 0 here and its ioctls answer ENOTTY, as a kernel built
-without the feature does.
+without the feature does. SEV guests and SEV-ES guests share one range of ASIDs, which the BIOS splits: SEV-ES has those
+below `min_sev_asid`. A VM type is on offer where its part is not empty (7.3: sev_hardware_setup).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import caps, kvm
+from kvmapi.abi.vmsa import SVM_SEV_FEAT_DEBUG_SWAP
 from kvmapi.model.cpu import cpuid, fpu
 from kvmapi.model.dirty_log import ALL_OPTIONS
 from kvmapi.model.irq.routing import MAX_ROUTES
@@ -18,6 +20,7 @@ from kvmapi.model.memslots import USER_SLOTS
 
 if TYPE_CHECKING:
     from kvmapi.model.sev.firmware import Firmware
+    from kvmapi.model.sev.store import Store
 
 MAX_VCPUS = 1024
 RECOMMENDED_VCPUS = 2
@@ -26,9 +29,10 @@ GUEST_DEBUG_MASK = (
     kvm.KVM_GUESTDBG_ENABLE | kvm.KVM_GUESTDBG_SINGLESTEP | kvm.KVM_GUESTDBG_USE_SW_BP | kvm.KVM_GUESTDBG_USE_HW_BP
     | kvm.KVM_GUESTDBG_INJECT_DB | kvm.KVM_GUESTDBG_INJECT_BP | kvm.KVM_GUESTDBG_BLOCKIRQ
 )  # fmt: skip
-_SEV_EAX = 1 << 1  # CPUID 0x8000001F EAX: SEV
+_SEV, _SEV_ES = 1 << 1, 1 << 3  # CPUID 0x8000001F EAX
 _PRIVATE_TYPES = frozenset((kvm.KVM_X86_SW_PROTECTED_VM,))
-SEV_TYPES = frozenset((kvm.KVM_X86_SEV_VM,))
+SEV_TYPES = frozenset((kvm.KVM_X86_SEV_VM, kvm.KVM_X86_SEV_ES_VM))  # these must not run before KVM_SEV_INIT2
+PROTECTED_STATE_TYPES = frozenset((kvm.KVM_X86_SEV_ES_VM,))  # their registers cannot be had after the launch
 
 # Capabilities with the same answer at system and VM scope.
 _FIXED = {
@@ -81,6 +85,8 @@ _FIXED = {
     caps.KVM_CAP_IOEVENTFD_NO_LENGTH: 1,
     caps.KVM_CAP_IOEVENTFD_ANY_LENGTH: 1,
     caps.KVM_CAP_TSC_DEADLINE_TIMER: 1,
+    caps.KVM_CAP_VM_COPY_ENC_CONTEXT_FROM: 1,  # whether or not there is SEV, as 7.3 answers
+    caps.KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM: 1,
     caps.KVM_CAP_X2APIC_API: kvm.KVM_X2APIC_API_USE_32BIT_IDS | kvm.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
 }
 
@@ -88,34 +94,63 @@ _FIXED = {
 class Platform:
     """One machine. Several VMs share its firmware and its ASIDs.
 
+    `sev`: it has SEV at all; `es`: kvm_amd runs SEV-ES guests (its parameter sev_es). `asids` is the highest ASID of an
+    encrypted guest, and those below `min_sev_asid` are for SEV-ES guests only: 1..4 and 5..15 here, as a first EPYC can
+    be set up. ValueError for a split that no BIOS makes.
+
+    `debug_swap`: the processor swaps debug registers with the guest's (Zen 4), so KVM_SEV_INIT2 takes that VMSA feature. Off
+    by default, because the modelled CPU is a first EPYC and every feature changes measurements.
+
     `memlock`: apply the caller's RLIMIT_MEMLOCK to pinned memory as the kernel does. Off by default, because the model
     pins nothing and the usual limit of 8 MiB would keep an ordinary user from any SEV guest; the environment variable
     SEVMM_MODEL_MEMLOCK=1 turns it on from outside.
+
+    `store`: the firmware's non-volatile memory (identity keys); None keeps it in this process.
     """
 
-    def __init__(self, *, sev: bool = True, asids: int = 15, memlock: bool | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        sev: bool = True,
+        es: bool = True,
+        asids: int = 15,
+        min_sev_asid: int = 5,
+        debug_swap: bool = False,
+        memlock: bool | None = None,
+        store: Store | None = None,
+    ) -> None:
+        if sev and not 1 <= min_sev_asid <= asids + 1:
+            raise ValueError(f"min_sev_asid {min_sev_asid} does not split ASIDs 1..{asids}: say 1 (none for SEV-ES) to {asids + 1} (all)")
         self.has_sev = sev
-        self.memlock = os.environ.get("SEVMM_MODEL_MEMLOCK") == "1" if memlock is None else memlock
+        self.has_sev_es = sev and es and min_sev_asid > 1
         self.asids = asids
+        self.min_sev_asid = min_sev_asid
+        self.vmsa_features = SVM_SEV_FEAT_DEBUG_SWAP if debug_swap and self.has_sev_es else 0
+        self.memlock = os.environ.get("SEVMM_MODEL_MEMLOCK") == "1" if memlock is None else memlock
+        self.store = store
 
     @cached_property
     def firmware(self) -> Firmware:
         """The PSP. Made on first use: it draws keys."""
         from kvmapi.model.sev.firmware import Firmware
 
-        return Firmware(self.asids)
+        return Firmware(self.asids, self.min_sev_asid, self.store)
 
     @property
     def vm_types(self) -> int:
-        """KVM_CAP_VM_TYPES."""
+        """KVM_CAP_VM_TYPES. SEV is there where it has ASIDs left, SEV-ES where it was given some."""
         types = 1 << kvm.KVM_X86_DEFAULT_VM | 1 << kvm.KVM_X86_SW_PROTECTED_VM
-        return types | (1 << kvm.KVM_X86_SEV_VM if self.has_sev else 0)
+        if self.has_sev and self.min_sev_asid <= self.asids:
+            types |= 1 << kvm.KVM_X86_SEV_VM
+        if self.has_sev_es:
+            types |= 1 << kvm.KVM_X86_SEV_ES_VM
+        return types
 
     def supported_cpuid(self) -> list[cpuid.Leaf]:
-        """KVM_GET_SUPPORTED_CPUID."""
+        """KVM_GET_SUPPORTED_CPUID. SEV stands there even where no ASID is left for such guests."""
         if not self.has_sev:
             return cpuid.supported(0, 0, 0, 0)
-        return cpuid.supported(_SEV_EAX, C_BIT, self.asids, 1)
+        return cpuid.supported(_SEV | (_SEV_ES if self.has_sev_es else 0), C_BIT, self.asids, self.min_sev_asid)
 
     def capability(self, number: int, vm_type: int | None) -> int:
         """KVM_CHECK_EXTENSION at system scope (`vm_type` None) or on a VM."""
@@ -127,11 +162,21 @@ class Platform:
         if number == caps.KVM_CAP_GUEST_MEMFD_FLAGS:
             shared = 0 if vm_type is not None and private else kvm.GUEST_MEMFD_FLAG_INIT_SHARED
             return kvm.GUEST_MEMFD_FLAG_MMAP | shared
+        protected = vm_type is not None and has_protected_state(vm_type)
         if number == caps.KVM_CAP_READONLY_MEM:
-            return 1
+            return 0 if protected else 1  # a write to such a slot would have to be emulated
+        if protected and number == caps.KVM_CAP_SYNC_REGS:
+            return 0
         return _FIXED.get(number, 0)
 
 
 def has_private_memory(vm_type: int) -> bool:
     """Does this VM type have memory attributes and private guest_memfd memory?"""
     return vm_type in _PRIVATE_TYPES
+
+
+def has_protected_state(vm_type: int) -> bool:
+    """Are the registers of this VM type's vCPUs out of reach after the launch (has_protected_state)? Not so for the legacy
+    KVM_SEV_ES_INIT, whose VM is of type 0: there the ioctls answer, about state that means nothing any more.
+    """
+    return vm_type in PROTECTED_STATE_TYPES

@@ -18,6 +18,7 @@ _ENTRY = struct.Struct("<IIIIIII12x")  # kvm_cpuid_entry2
 _MAX_CPUID_ENTRIES = 256
 _MSR_ENTRY = struct.Struct("<IIQ")
 _MAX_MSRS = 256
+_SEV_ATTRIBUTES = frozenset((sev.KVM_X86_SEV_VMSA_FEATURES, sev.KVM_X86_SNP_POLICY_BITS, sev.KVM_X86_SEV_SNP_REQ_CERTS))
 _XCOMP_GUEST_SUPP = 0  # attribute of group 0: the XCR0 bits a guest may have
 # Features that a CPU tells in MSRs: LFENCE serializes (DE_CFG), the microcode's number, no ARCH_CAPABILITIES and no
 # PERF_CAPABILITIES, CPUID faulting (PLATFORM_INFO). KVM's list on AMD.
@@ -96,9 +97,10 @@ class KvmDevice(File):
         group, attribute, address = struct.unpack("<4xIQQ", caller.memory.read(arg, 24))
         if group == 0 and attribute == _XCOMP_GUEST_SUPP:
             return fpu.SUPPORTED, address
-        if group != sev.KVM_X86_GRP_SEV or not self._platform.has_sev or attribute != sev.KVM_X86_SEV_VMSA_FEATURES:
+        if group != sev.KVM_X86_GRP_SEV or attribute not in _SEV_ATTRIBUTES:
             raise Errno(errno.ENXIO)
-        return 0, address  # no VMSA feature is on offer without SEV-ES
+        # kvm_amd answers whatever it supports. SNP's policy bits and certificate requests: there is no SNP.
+        return self._platform.vmsa_features if attribute == sev.KVM_X86_SEV_VMSA_FEATURES else 0, address
 
     def _has_attribute(self, arg: int, caller: Caller) -> int:
         self._attribute(arg, caller)

@@ -1,7 +1,7 @@
-"""A vCPU fd of the model: its lifetime, its lock, and KVM_RUN. The ioctls for its state are in vcpu_state.py.
+"""A vCPU fd of the model: its lifetime, its lock, and KVM_RUN.
 
-KVM_CAP_SYNC_REGS: what user space asks for in kvm_valid_regs is copied into kvm_run at every exit, and what it marks in
-kvm_dirty_regs is taken from there at the next entry.
+The ioctls for its state are in vcpu_state.py; what becomes of them when an SEV-ES guest is launched, in protected.py;
+registers that travel in kvm_run, in sync_regs.py.
 """
 
 from __future__ import annotations
@@ -10,32 +10,33 @@ import errno
 import mmap
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import ioctls, kvm
+from kvmapi.model import sync_regs, vmsa
 from kvmapi.model.activity import Activity
 from kvmapi.model.caller import Caller, Errno
-from kvmapi.model.cpu import events, fpu, layout, sregs
+from kvmapi.model.cpu import fpu, layout, sregs
 from kvmapi.model.cpu.cpu import KICKED, Cpu
 from kvmapi.model.cpu.privileged import HALTED
 from kvmapi.model.files import File
 from kvmapi.model.lock import SLICE
 from kvmapi.model.prefault import pre_fault
+from kvmapi.model.protected import ProtectedState
 from kvmapi.model.runpage import CR8, IMMEDIATE_EXIT, REQUEST_WINDOW, RunPage
 from kvmapi.model.signals import WATCHER, Inside
-from kvmapi.model.vcpu_state import REGS, VcpuState
+from kvmapi.model.sync_regs import SYNC_AT
+from kvmapi.model.vcpu_state import VcpuState
 
 if TYPE_CHECKING:
     from kvmapi.model.vm import VmFile
 
-_SYNC = struct.Struct("<QQ")
-_SYNC_AT, _SYNC_REGS_AT = 288, 304  # kvm_valid_regs, kvm_dirty_regs; then struct kvm_sync_regs
-_SYNC_SREGS_AT = _SYNC_REGS_AT + REGS.size
-_SYNC_EVENTS_AT = _SYNC_SREGS_AT + sregs.SIZE
-_SYNC_ALL = kvm.KVM_SYNC_X86_REGS | kvm.KVM_SYNC_X86_SREGS | kvm.KVM_SYNC_X86_EVENTS
 _IF = 1 << 9
+_DR7_ALWAYS = 1 << 10
+_VMRUN_FAILED = (1 << 64) - 1  # SVM_EXIT_ERR: the processor did not take the VMSA
 
 
 class VcpuFile(File):
@@ -57,6 +58,7 @@ class VcpuFile(File):
         self._holds = False  # the engine lock
         self.dead = self._gone = False
         self.entered = False  # did the guest ever run? Then its CPUID stays
+        self.protected: ProtectedState | None = None  # since LAUNCH_UPDATE_VMSA: the registers are the guest's secret
         self.activity = Activity(self)
         self.cpu.lapic = self.cpu.msrs.lapic = self.activity.lapic
         if self.cpu.lapic is not None:
@@ -68,19 +70,22 @@ class VcpuFile(File):
         fpu.reset(self.cpu)
         self.handlers = {
             ioctls.KVM_RUN: self._run,
-            ioctls.KVM_PRE_FAULT_MEMORY: self._locked(partial(pre_fault, self)),
-            **{number: self._locked(method) for number, method in self.state.handlers().items()},
+            ioctls.KVM_MEMORY_ENCRYPT_OP: lambda arg, caller: -errno.ENOTTY,  # a vCPU has such commands with TDX only
+            ioctls.KVM_PRE_FAULT_MEMORY: self._locked(ioctls.KVM_PRE_FAULT_MEMORY, partial(pre_fault, self)),
+            **{number: self._locked(number, method) for number, method in self.state.handlers().items()},
         }
 
     def unknown_errno(self) -> int:
         return errno.EINVAL  # as kvm_arch_vcpu_ioctl answers what it does not know
 
-    def _locked(self, method: Callable[[int, Caller], int]) -> Callable[[int, Caller], int]:
+    def _locked(self, number: int, method: Callable[[int, Caller], int]) -> Callable[[int, Caller], int]:
         def call(arg: int, caller: Caller) -> int:
             try:
                 with self.mutex:
                     if self.dead:
                         raise Errno(errno.EBADF)
+                    if self.protected is not None:  # asked for here: it may have become so while we waited
+                        return self.protected.method(number, method)(arg, caller)
                     return method(arg, caller)
             finally:
                 if self.dead:
@@ -95,6 +100,16 @@ class VcpuFile(File):
         # A vCPU that is inside KVM_RUN on another thread is torn down by that thread when it leaves.
         self.dead = True
         self._reap()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The vCPU is inside no ioctl while the block lasts (kvm_lock_all_vcpus); if it is closed meanwhile, it goes afterwards."""
+        try:
+            with self.mutex:
+                yield
+        finally:
+            if self.dead:
+                self._reap()
 
     def _reap(self) -> None:
         """Tear down once, when nobody is inside any more: whoever leaves last sees `dead` and comes here."""
@@ -112,6 +127,35 @@ class VcpuFile(File):
         self.cpu.destroy()
         self.page.destroy()
         self.vm.release()
+
+    # ---- SEV-ES: for the launch and for a move to another VM, with the mutex held
+    @property
+    def debugged(self) -> bool:
+        """Does user space debug the vCPU, or has it set breakpoints in DR7? Then its VMSA cannot be launched."""
+        dr7 = struct.unpack_from("<Q", self.cpu.native.state, self.cpu.where.debug + 56)[0]
+        return self.cpu.debug.enabled or bool(dr7 & ~_DR7_ALWAYS)
+
+    def vmsa(self) -> bytes:
+        """The VMSA as KVM would hand it to LAUNCH_UPDATE_VMSA. EINVAL: it was launched before, or is being debugged."""
+        if self.protected is not None or self.debugged:
+            raise Errno(errno.EINVAL)
+        return vmsa.of(self)
+
+    def protect(self) -> None:
+        """The VMSA is encrypted: from now on no ioctl shows or changes the guest's registers."""
+        self.protected = ProtectedState(self)
+
+    def take_protected(self, source: VcpuFile) -> None:
+        """The guest of `source` moves here, registers and all; `source` is of a VM that dies. KVM does not make this vCPU's
+        x87 and SSE state confidential: what KVM had of it before can still be read.
+        """
+        self.protected = ProtectedState(self, confidential_fpu=False)
+        self.protected.take_over(source)
+        source.protected = None
+
+    def kvms_own(self, *, keep: bool = True) -> AbstractContextManager[None]:
+        """For changes that KVM makes to registers: of a protected vCPU it has nothing but a copy."""
+        return self.protected.kvms_own(keep=keep) if self.protected is not None else nullcontext()
 
     # ---- KVM_RUN
     def runner(self, caller: Caller) -> Callable[[], int]:
@@ -170,7 +214,7 @@ class VcpuFile(File):
         if not self._enter_engine(None if cpu.privileged.unfinished else self._leaving):
             self._after_run()
             if valid:
-                self._give_sync_regs(valid)
+                sync_regs.give(self, valid)
             return -errno.EINTR
         try:
             return self._run_guest()
@@ -178,7 +222,7 @@ class VcpuFile(File):
             self._leave_engine()
             self._after_run()
             if valid:
-                self._give_sync_regs(valid)
+                sync_regs.give(self, valid)
 
     def _run_guest(self) -> int:
         """Everything between taking the engine and giving it back."""
@@ -203,6 +247,8 @@ class VcpuFile(File):
             if not activity.runs:
                 result = self._sleep()
                 continue
+            if self.vm.sev.es_active:
+                return self._refuse_entry()
             # Who else may have changed code? Other vCPUs and ioctls, if they had the lock since; and the VMM
             # at every entry, but what it does to encrypted pages `enter` has noticed already.
             if lock.turns != self._turn + 1 or (entering and not cpu.code.secret):
@@ -213,6 +259,13 @@ class VcpuFile(File):
             result = cpu.go()
             self._turn = lock.turns
         return result
+
+    def _refuse_entry(self) -> int:
+        """An SEV-ES guest cannot run here yet. This is what the processor says to a VMSA that it does not take: one that was
+        not launched, or not finished.
+        """
+        self.entered = True
+        return self.page.payload(kvm.KVM_EXIT_FAIL_ENTRY, "<QI", _VMRUN_FAILED, 0)
 
     # ---- the engine lock, and the arena that is open while it is held
     def _enter_engine(self, leaving: Callable[[], bool] | None = None) -> bool:
@@ -257,16 +310,16 @@ class VcpuFile(File):
     def _after_run(self) -> None:
         """The fields that every return of KVM_RUN fills in."""
         cpu = self.cpu
-        enabled = cpu.registers.u64[layout.EFLAGS >> 3] & _IF != 0
+        enabled = cpu.registers.u64[layout.EFLAGS >> 3] & _IF != 0 and not self.vm.sev.es_active
         ready = cpu.lapic is not None or (enabled and cpu.events.takes_interrupts())
         self.page.after_run(ready, enabled, cpu.cr8, cpu.msrs.apic_base)
 
     def _take_user_state(self) -> int:
         """What user space left in kvm_run for this entry; the registers it wants at the exit."""
         words = self.page.u64
-        valid, dirty = words[_SYNC_AT >> 3], words[(_SYNC_AT >> 3) + 1]
+        valid, dirty = words[SYNC_AT >> 3], words[(SYNC_AT >> 3) + 1]
         if valid or dirty:
-            self._take_sync_regs(valid, dirty)
+            sync_regs.take(self, valid, dirty)
         if self.cpu.lapic is not None:
             return valid
         task_priority = words[CR8 >> 3]  # without an in-kernel APIC, user space holds it
@@ -274,30 +327,3 @@ class VcpuFile(File):
             raise Errno(errno.EINVAL)
         self.cpu.cr8 = task_priority
         return valid
-
-    def _take_sync_regs(self, valid: int, dirty: int) -> None:
-        """What is taken is no longer marked dirty; what is refused stays marked."""
-        if (valid | dirty) & ~_SYNC_ALL:
-            raise Errno(errno.EINVAL)
-        memory, state = self.page.memory, self.state
-        if dirty & kvm.KVM_SYNC_X86_REGS:
-            state.unpack_regs(memory[_SYNC_REGS_AT:_SYNC_SREGS_AT])
-            dirty &= ~kvm.KVM_SYNC_X86_REGS
-            _SYNC.pack_into(memory, _SYNC_AT, valid, dirty)
-        if dirty & kvm.KVM_SYNC_X86_SREGS:
-            if not state.unpack_sregs(memory[_SYNC_SREGS_AT:_SYNC_EVENTS_AT]):
-                raise Errno(errno.EINVAL)
-            dirty &= ~kvm.KVM_SYNC_X86_SREGS
-            _SYNC.pack_into(memory, _SYNC_AT, valid, dirty)
-        if dirty and not state.unpack_events(memory[_SYNC_EVENTS_AT : _SYNC_EVENTS_AT + events.SIZE]):
-            raise Errno(errno.EINVAL)
-        _SYNC.pack_into(memory, _SYNC_AT, valid, 0)
-
-    def _give_sync_regs(self, valid: int) -> None:
-        memory, state = self.page.memory, self.state
-        if valid & kvm.KVM_SYNC_X86_REGS:
-            memory[_SYNC_REGS_AT:_SYNC_SREGS_AT] = state.pack_regs()
-        if valid & kvm.KVM_SYNC_X86_SREGS:
-            memory[_SYNC_SREGS_AT:_SYNC_EVENTS_AT] = state.pack_sregs()
-        if valid & kvm.KVM_SYNC_X86_EVENTS:
-            memory[_SYNC_EVENTS_AT : _SYNC_EVENTS_AT + events.SIZE] = state.pack_events()

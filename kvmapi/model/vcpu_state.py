@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import ioctls, kvm
+from kvmapi.abi.vmsa import SVM_SEV_FEAT_DEBUG_SWAP
 from kvmapi.model.caller import PAGE, Caller, Errno
 from kvmapi.model.cpu import events, layout, sregs
 from kvmapi.model.cpu.cpuid import OSXSAVE, SEV_LEAF, Leaf, Table
@@ -35,6 +36,7 @@ _MAX_CPUID_ENTRIES = 256
 _DEBUGREGS = struct.Struct("<7Q72x")  # db[4] dr6 dr7 flags
 _GUEST_DEBUG = struct.Struct("<I4x8Q")
 TSC_KHZ = 1_000_000
+_SEV, _SEV_ES, _DEBUG_SWAP = 1 << 0, 1 << 1, 1 << 7  # in the guest's SEV_STATUS MSR
 
 _SIZES_LEAF = 0x80000008  # linear address bits in EAX 15:8
 
@@ -267,9 +269,10 @@ class VcpuState:
 
     def update_encryption(self) -> None:
         """The guest became a SEV guest, or its CPUID changed: the C-bit counts only where the guest is encrypted."""
-        active = self._vcpu.vm.sev.active
-        self._cpu.mmu.c_mask = 1 << C_BIT if active else 0
-        self._cpu.msrs.sev_status = 1 if active and self._cpu.cpuid.has(SEV_LEAF) else 0
+        sev = self._vcpu.vm.sev
+        self._cpu.mmu.c_mask = 1 << C_BIT if sev.active else 0
+        status = _SEV | (_SEV_ES if sev.es_active else 0) | (_DEBUG_SWAP if sev.vmsa_features & SVM_SEV_FEAT_DEBUG_SWAP else 0)
+        self._cpu.msrs.sev_status = status if sev.active and self._cpu.cpuid.has(SEV_LEAF) else 0
         self._cpu.mmu.reset()
 
     def _msr_entries(self, arg: int, caller: Caller) -> list[tuple[int, int, int]]:
@@ -280,21 +283,25 @@ class VcpuState:
         return list(_MSR_ENTRY.iter_unpack(data))
 
     def _get_msrs(self, arg: int, caller: Caller) -> int:
-        done = b""
+        protected, told, done = self._vcpu.protected, b"", 0
         for number, reserved, _ in self._msr_entries(arg, caller):
             try:
-                done += _MSR_ENTRY.pack(number, reserved, self._cpu.msrs.read(number))
+                hidden = protected is not None and protected.hides(number)
+                told += _MSR_ENTRY.pack(number, reserved, 0 if hidden else self._cpu.msrs.read(number))
             except NoSuchMsr:
+                told += _MSR_ENTRY.pack(number, reserved, 0)  # the one that stops it reads 0
                 break
-        if done:
-            caller.memory.write(arg + 8, done)
-        return len(done) // _MSR_ENTRY.size
+            done += 1
+        if told:
+            caller.memory.write(arg + 8, told)
+        return done
 
     def _set_msrs(self, arg: int, caller: Caller) -> int:
-        done = 0
+        protected, done = self._vcpu.protected, 0
         for number, _, value in self._msr_entries(arg, caller):
             try:
-                self._cpu.msrs.write(number, value, host=True)
+                if protected is None or not protected.drops(number, value):
+                    self._cpu.msrs.write(number, value, host=True)
             except NoSuchMsr:
                 break
             done += 1

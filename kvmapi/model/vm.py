@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import struct
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 from kvmapi.abi import caps, ioctls, kvm
 from kvmapi.model.attributes import PrivateSet
@@ -25,8 +27,9 @@ from kvmapi.model.lock import EngineLock
 from kvmapi.model.mem.physical import EncryptedPhysical, Physical, ProtectedPhysical
 from kvmapi.model.memslots import Memslots, Request, Slot
 from kvmapi.model.msr_filter import MsrFilter
-from kvmapi.model.platform import MAX_VCPUS, SEV_TYPES, Platform, has_private_memory
-from kvmapi.model.sev.commands import SevContext
+from kvmapi.model.platform import MAX_VCPUS, SEV_TYPES, Platform, has_private_memory, has_protected_state
+from kvmapi.model.sev import commands, regions, sharing
+from kvmapi.model.sev.context import SevContext
 
 _REGION = struct.Struct("<IIQQQ")
 _ATTRIBUTES = struct.Struct("<QQQQ")
@@ -52,7 +55,7 @@ class VmFile(File):
         self.memory = caller.memory
         self._knows_attributes = bool(platform.capability(caps.KVM_CAP_MEMORY_ATTRIBUTES, None))
         self._attributes = platform.capability(caps.KVM_CAP_MEMORY_ATTRIBUTES, vm_type)
-        self.slots = Memslots(readonly_allowed=True)
+        self.slots = Memslots(readonly_allowed=not has_protected_state(vm_type))
         self.private = PrivateSet()
         self.lock = EngineLock()
         self.vcpus: dict[int, File] = {}
@@ -61,7 +64,7 @@ class VmFile(File):
         self.dirty_log = DirtyLog(self.slots, self.physical.flush)
         self._slots_mutex = threading.Lock()
         self._vcpu_ids = 0  # ids of vCPUs end here, once that is set
-        self._vcpus_mutex = threading.Lock()
+        self.mutex = threading.Lock()  # the kernel's kvm->lock: vCPUs are made, and SEV commands done, one at a time
         self.sev = SevContext(self)
         self.interrupts = VmInterrupts(self.exits)
         self.handlers = {
@@ -77,9 +80,9 @@ class VmFile(File):
             ioctls.KVM_CREATE_GUEST_MEMFD: self._create_guest_memfd,
             ioctls.KVM_SET_TSS_ADDR: self._accept_address,
             ioctls.KVM_SET_IDENTITY_MAP_ADDR: self._accept_identity_map,
-            ioctls.KVM_MEMORY_ENCRYPT_OP: self.sev.operation,
-            ioctls.KVM_MEMORY_ENCRYPT_REG_REGION: self.sev.register_region,
-            ioctls.KVM_MEMORY_ENCRYPT_UNREG_REGION: self.sev.unregister_region,
+            ioctls.KVM_MEMORY_ENCRYPT_OP: partial(commands.operation, self.sev),
+            ioctls.KVM_MEMORY_ENCRYPT_REG_REGION: partial(regions.register, self.sev),
+            ioctls.KVM_MEMORY_ENCRYPT_UNREG_REGION: partial(regions.unregister, self.sev),
             ioctls.KVM_SET_MEMORY_ATTRIBUTES: self._set_attributes,
             ioctls.KVM_CREATE_IRQCHIP: self._create_irqchip,
             **self.interrupts.handlers(),
@@ -102,9 +105,23 @@ class VmFile(File):
                 slot.gmem.unbind(slot)
 
     # ---- for the other files of this VM
-    def paused(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
         """No vCPU of this VM runs inside the block."""
-        return self.lock.paused()
+        lock = self._pause()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _pause(self) -> EngineLock:
+        """Take the engine lock, which may have become another one while we waited for it (sharing.py)."""
+        while True:
+            lock = self.lock
+            lock.acquire()
+            if lock is self.lock:
+                return lock
+            lock.release()
 
     def mappings_changed(self) -> None:
         """Backings changed while paused: vCPUs drop their translations."""
@@ -138,13 +155,17 @@ class VmFile(File):
             self._limit_vcpu_ids(first)
         elif cap == caps.KVM_CAP_X2APIC_API:
             self.interrupts.enable_x2apic_api(first)
+        elif cap == caps.KVM_CAP_VM_COPY_ENC_CONTEXT_FROM:
+            sharing.copy_from(self.sev, first, caller)
+        elif cap == caps.KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM:
+            sharing.move_from(self.sev, first, caller)
         else:
             raise Errno(errno.EINVAL)
         return 0
 
     def _limit_vcpu_ids(self, limit: int) -> None:
         """KVM_CAP_MAX_VCPU_ID: once, and before the first vCPU."""
-        with self._vcpus_mutex:
+        with self.mutex:
             if limit > _MAX_VCPU_IDS or self._vcpu_ids not in (0, limit):
                 raise Errno(errno.EINVAL)
             self._vcpu_ids = limit
@@ -263,24 +284,24 @@ class VmFile(File):
         if flags or attributes & ~self._attributes or not size or gpa + size >= _U64 or gpa % PAGE or size % PAGE:
             raise Errno(errno.EINVAL)
         with self._slots_mutex:
-            self.lock.acquire()
+            lock = self._pause()
             try:
                 if self.private.set_range(gpa // PAGE, size // PAGE, bool(attributes & kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE)):
                     self.physical.flush_range(gpa // PAGE, size // PAGE)
             finally:
-                self.lock.release()
+                lock.release()
         return 0
 
     # ---- vCPUs
     def _create_irqchip(self, arg: int, caller: Caller) -> int:
-        with self._vcpus_mutex:
+        with self.mutex:
             self.interrupts.create(bool(self.vcpus))
         return 0
 
     def _create_vcpu(self, arg: int, caller: Caller) -> int:
         from kvmapi.model.vcpu import VcpuFile
 
-        with self._vcpus_mutex:
+        with self.mutex:
             if not 0 <= arg < _MAX_VCPU_IDS or len(self.vcpus) >= MAX_VCPUS:
                 raise Errno(errno.EINVAL)
             self._vcpu_ids = self._vcpu_ids or _MAX_VCPU_IDS

@@ -1,7 +1,10 @@
 """`sevmm run` around a run_guest that is played: options arrive, console and JSON go where they belong, the status is the report's."""
 
+import io
 import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,3 +156,89 @@ def test_interrupt_closes_the_line(play: Play, capfd: pytest.CaptureFixture[str]
     out, err = capfd.readouterr()
     assert out == "half a li\n"
     assert err == "sevmm: interrupted\n"
+
+
+# -- secrets, saved launches, progress ----------------------------------------------------------------------------------------------------
+
+
+def test_a_secret_arrives_and_is_wiped_afterwards(play: Play, tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(b"\0the key\n")
+    arrived: list[bytes] = []
+    seen = play(report())
+    real = vmm.run.run_guest
+
+    def look(request: GuestRequest) -> RunReport:
+        arrived.append(bytes(request.secret or b""))
+        return real(request)
+
+    vmm.run.run_guest = look  # play's monkeypatch takes it back
+    assert cli.main(["run", "secret", "--secret", str(tmp_path / "key"), "--save-launch", "l.json"]) == 0
+    assert arrived == [b"\0the key\n"], "every byte, the newline too"
+    assert seen[0].secret == bytes(9)
+    assert seen[0].save_launch == "l.json"
+
+
+def test_a_secret_from_stdin(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vmm.cli.run import read_secret
+
+    reader, writer = os.pipe()
+    os.write(writer, b"piped")
+    os.close(writer)
+    saved = os.dup(0)
+    os.dup2(reader, 0)
+    try:
+        assert read_secret("-") == b"piped"
+        os.fstat(0)  # still open: it was not ours to close
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
+        os.close(reader)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty: one page holds 1 to 4080 bytes"),
+        (b"horse" * 1000, "has more than 4080 bytes"),
+        (None, "cannot be read: no such file"),
+    ],
+)
+def test_what_cannot_be_a_secret(play: Play, tmp_path: Path, capfd: pytest.CaptureFixture[str], content: bytes | None, words: str) -> None:
+    seen = play(report())
+    path = tmp_path / "key"
+    if content is not None:
+        path.write_bytes(content)
+    assert cli.main(["run", "secret", "--secret", str(path)]) == 2
+    out, err = capfd.readouterr()
+    assert (seen, out) == ([], "")
+    assert err.startswith(f"sevmm: the secret {path} {words}") and err.count("\n") == 1
+    assert "horse" not in err
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("total", "terminal", "shown"), [(64 << 20, True, True), (64 << 20, False, False), (16 << 20, True, False)])
+def test_progress_is_for_large_launches_on_a_terminal(monkeypatch: pytest.MonkeyPatch, total: int, terminal: bool, shown: bool) -> None:
+    from vmm.cli.run import LaunchProgress
+
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    progress = LaunchProgress()
+    progress(total // 2, total)
+    progress.finish()
+    progress.finish()
+    text = stream.getvalue()
+    assert ("measuring and encrypting" in text) == shown
+    assert not shown or text.endswith("\x1b[?25h") or "\x1b[2K" in text, "the line is taken away"
+
+
+def test_progress_ends_with_an_interrupted_launch(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[bool] = []
+    monkeypatch.setattr("vmm.cli.run.LaunchProgress.finish", lambda self: ended.append(True))
+    play(KeyboardInterrupt())
+    assert cli.main(["run", "spin"]) == 130
+    assert ended

@@ -105,6 +105,7 @@ _PROBES: dict[str, Callable[[Machine], bool]] = {
     "guest_memfd on plain VMs": _memfd_on_plain,
     "guest_memfd": lambda machine: machine.system.check_extension(caps.KVM_CAP_GUEST_MEMFD) != 0,
     "SEV": lambda machine: machine.system.check_extension(caps.KVM_CAP_VM_TYPES) & 4 != 0,
+    "SEV-ES": lambda machine: machine.system.check_extension(caps.KVM_CAP_VM_TYPES) & 8 != 0,
     "SW_PROTECTED": lambda machine: machine.system.check_extension(caps.KVM_CAP_VM_TYPES) & 2 != 0,
     "wide GPAs": _whole_width,
     "hardware virtualization": lambda machine: machine.host.name == "model" or _hardware(),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvmapi.abi import caps, ioctls, irq, kvm
-from kvmapi.abi.vcpu import kvm_interrupt, kvm_lapic_state
+from kvmapi.abi.vcpu import kvm_debugregs, kvm_interrupt, kvm_lapic_state
 from kvmapi.errors import KvmError
 from tests.conformance.apic_guest import (
     BASE_MSR,
@@ -269,3 +269,21 @@ def test_messages_to_apics_that_are_off(any_host: Any) -> None:
         with pytest.raises(KvmError) as raised:
             guest.vm.signal_msi(MSI | 0xFF000, 0x41)
         assert raised.value.errno == EPERM
+
+
+def test_init_clears_the_debug_registers(any_host: Any) -> None:
+    """As everything but caching, x87 and SSE state (processor manuals: INIT)."""
+    with ApicGuest(any_host, vcpus=2) as guest:
+        other = guest.vcpus[1]
+        for number, vcpu in enumerate(guest.vcpus):
+            state = vcpu.get_lapic()
+            struct.pack_into("<I", state, LDR, 1 << 24 + number)
+            vcpu.set_lapic(state)  # before any register is written, KVM may not know the newest APIC
+        other.set_mp_state(kvm.KVM_MP_STATE_RUNNABLE)
+        registers = kvm_debugregs(dr6=0xFFFF0FF1, dr7=0x401)
+        registers.db[:] = 0x1000, 0x2000, 0x3000, 0x4000
+        other.set_debugregs(registers)
+        assert guest.vm.signal_msi(0xFEE01000, 0x500) == 1
+        assert other.get_mp_state() in (kvm.KVM_MP_STATE_INIT_RECEIVED, kvm.KVM_MP_STATE_UNINITIALIZED)
+        found = other.get_debugregs()
+        assert (list(found.db), found.dr6, found.dr7) == ([0] * 4, 0xFFFF0FF0, 0x400)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import struct
 from typing import Any
 
-from kvmapi.abi import caps, kvm
+from kvmapi.abi import caps, ioctls, kvm
 from kvmapi.exits import Hlt, Rdmsr, Wrmsr
 from tests.conformance.rows import feature
-from tests.conformance.snippets import CODE, LongGuest, code
+from tests.conformance.snippets import CODE, LongGuest, Machine, code
 
 VALUE = 0x8877665544332211
 RDMSR = code("0f32f4", "rdmsr; hlt")
@@ -59,3 +61,13 @@ def test_cpuid_is_what_user_space_set(any_host: Any) -> None:
         guest.vcpu.set_cpuid2(entries)
         assert guest.again(rax=0x40000000, rcx=0) == Hlt()
         assert [guest.regs().rbx, guest.regs().rcx, guest.regs().rdx] == [1, 2, 3]
+
+
+def test_the_msr_that_ends_a_list_reads_0(any_host: Any) -> None:
+    """KVM_GET_MSRS does what comes before an unknown MSR, zeroes that one, and leaves the rest alone."""
+    with Machine(any_host) as machine:
+        vcpu = machine.add_vcpu()
+        entries = b"".join(struct.pack("<IIQ", number, 0, 0x5A) for number in (0x277, 0x12345678, 0x277))
+        buffer = ctypes.create_string_buffer(struct.pack("<II", 3, 0) + entries)
+        assert vcpu.ioctl_raw(ioctls.KVM_GET_MSRS, ctypes.addressof(buffer)) == 1
+        assert [value for _, _, value in struct.iter_unpack("<IIQ", buffer.raw[8:56])] == [0x0007040600070406, 0, 0x5A]

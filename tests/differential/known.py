@@ -89,7 +89,7 @@ RULES: tuple[Known, ...] = (
         always,
         ends=False,
     ),
-    Known("VM types", "a machine's own: the model has SEV and SW_PROTECTED", _cap(caps.KVM_CAP_VM_TYPES), always, ends=False),
+    Known("VM types", "a machine's own: the model has SW_PROTECTED, SEV and SEV-ES", _cap(caps.KVM_CAP_VM_TYPES), always, ends=False),
     Known(
         "what needs two-dimensional paging",
         "a paravirtual KVM has none, and so cannot fault memory in beforehand",

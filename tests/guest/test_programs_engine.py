@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import pytest
@@ -84,3 +85,49 @@ def test_guest_notices_one_memory_for_both(name: str, vm_type: int, text: str) -
     result = Leaky(vm_type).run(build.build(name))
     assert result.code == 1
     assert f"check failed: {text}" in result.console
+
+
+def with_secret(secret: bytes, length: int | None = None, vm_type: int = SEV) -> Engine:
+    """An engine whose private secret page holds `secret`, as LAUNCH_SECRET would leave it."""
+    engine = Engine(vm_type)
+    memory = engine.tables
+    memory[0x6000:0x7000] = (b"SEVMMSEC" + (len(secret) if length is None else length).to_bytes(8, "little") + secret).ljust(4096, b"\xa5")
+    return engine
+
+
+@pytest.mark.parametrize("size", [1, 3, 55, 56, 57, 63, 64, 65, 119, 120, 128, 1000, 4080])
+def test_secret_is_proved_with_sha256(size: int) -> None:
+    """Lengths around the ends of SHA-256's blocks, with and without a nonce in front."""
+    secret = bytes((at * 7 + size) & 0xFF for at in range(size))
+    for arguments, nonce in (("", b""), ("nonce=abc", b"abc"), (f"x nonce={'n' * 61} y", b"n" * 61)):
+        engine = with_secret(secret)
+        result = engine.run(build.build("secret"), arguments)
+        assert result.code == 0, result.console
+        assert result.console.endswith(f" = {hashlib.sha256(nonce + secret).hexdigest()}\n")
+        assert engine.private[0x6000:0x7000] == bytes(4096), "wiped when it was used"
+
+
+@pytest.mark.parametrize(
+    ("length", "text"),
+    [
+        (0, "check failed: a secret of 0 bytes, at most 4080 fit\n"),
+        (4081, "check failed: a secret of 4081 bytes"),
+        ((1 << 64) - 1, "check failed: a secret of 18446744073709551615 bytes"),
+    ],
+)
+def test_secret_checks_the_length(length: int, text: str) -> None:
+    result = with_secret(b"s", length).run(build.build("secret"))
+    assert result.code == 1
+    assert result.console.startswith(text)
+
+
+def test_secret_without_one() -> None:
+    result = Engine(SEV).run(build.build("secret"))
+    assert (result.code, result.console) == (1, "secret: no secret arrived\n")
+
+
+def test_secret_notices_that_the_host_can_read_it() -> None:
+    engine = with_secret(b"open")
+    engine.shared[0x6000:0x6008] = b"SEVMMSEC"
+    result = engine.run(build.build("secret"))
+    assert (result.code, "readable without the C-bit" in result.console) == (1, True)

@@ -9,7 +9,7 @@ import hashlib
 
 import pytest
 
-from kvmapi import measurement, session_crypto
+from kvmapi import certificates, measurement, session_crypto
 from kvmapi.abi import cert
 from kvmapi.session import OwnerSession
 from kvmapi.session_crypto import SessionError
@@ -105,12 +105,12 @@ def test_secret_opens_and_every_tampering_shows(measure: bytes | None) -> None:
 
 def test_owner_and_firmware_meet() -> None:
     """The firmware's half of OwnerSession.create: unwrap with the PDH private key, measure, open a secret."""
-    pdh_key = session_crypto.new_key()
-    pdh = session_crypto.make_cert(pdh_key.public_key(), cert.SEV_USAGE_PDH, cert.SEV_ALGO_ECDH_SHA256, 1, 55)
+    pdh_key = certificates.new_key()
+    pdh = certificates.make_cert(pdh_key.public_key(), cert.SEV_USAGE_PDH, cert.SEV_ALGO_ECDH_SHA256, 1, 55)
     owner = OwnerSession.create(bytes(pdh), policy=4)
     assert (len(owner.dh_cert), len(owner.session)) == (2084, 128)
 
-    z = session_crypto.shared_secret(pdh_key, session_crypto.cert_key(session_crypto.parse_cert(owner.dh_cert)))
+    z = certificates.shared_secret(pdh_key, certificates.cert_key(certificates.parse_cert(owner.dh_cert)))
     tek, tik = session_crypto.unwrap_session(owner.session, z, 4)
     assert (tek, tik) == (owner.tek, owner.tik)
 
@@ -126,32 +126,3 @@ def test_owner_and_firmware_meet() -> None:
 def test_repr_hides_keys() -> None:
     owner = OwnerSession(1, b"cert", b"session", b"TEKTEKTEKTEKTEKT", b"TIKTIKTIKTIKTIKT")
     assert repr(owner) == "OwnerSession(policy=1)"
-
-
-def test_certificates_round_trip_and_chain() -> None:
-    pek_key, pdh_key = session_crypto.new_key(), session_crypto.new_key()
-    pek = session_crypto.make_cert(pek_key.public_key(), cert.SEV_USAGE_PEK, cert.SEV_ALGO_ECDSA_SHA256)
-    pdh = session_crypto.make_cert(pdh_key.public_key(), cert.SEV_USAGE_PDH, cert.SEV_ALGO_ECDH_SHA256)
-    session_crypto.sign_cert(pdh, pek_key, cert.SEV_USAGE_PEK)
-    again = session_crypto.parse_cert(bytes(pdh))
-    assert session_crypto.cert_signed_by(again, pek)
-    assert session_crypto.cert_key(again).public_numbers() == pdh_key.public_key().public_numbers()
-    again.api_minor ^= 1
-    assert not session_crypto.cert_signed_by(again, pek)
-    session_crypto.sign_cert(pdh, pek_key, cert.SEV_USAGE_PEK)
-    with pytest.raises(SessionError, match="slots"):
-        session_crypto.sign_cert(pdh, pek_key, cert.SEV_USAGE_PEK)
-
-
-def test_malformed_certificates_are_refused() -> None:
-    good = session_crypto.make_cert(session_crypto.new_key().public_key(), cert.SEV_USAGE_PDH, 3)
-    with pytest.raises(SessionError, match="2084 bytes"):
-        session_crypto.parse_cert(bytes(good)[:-1])
-    with pytest.raises(SessionError, match="version 2"):
-        session_crypto.parse_cert(b"\2" + bytes(good)[1:])
-    good.pubkey.qx[0] ^= 1
-    with pytest.raises(SessionError, match="not a point"):
-        session_crypto.cert_key(good)
-    good.pubkey.curve = 1
-    with pytest.raises(SessionError, match="P-384"):
-        session_crypto.cert_key(good)

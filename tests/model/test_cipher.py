@@ -6,31 +6,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmapi.model.mem.cipher import PAGE, PageCipher
+from kvmapi.model.mem.cipher import ROOM, SLACK, UNIT, PageCipher, Workspace
+from kvmapi.model.sev.vault import Vault
 
+PAGE = 4096
 ZERO = bytes(PAGE)
 
 
 def test_the_same_plaintext_differs_everywhere() -> None:
-    one, two = PageCipher(), PageCipher()
-    seen = {one.encrypt_page(0, ZERO), one.encrypt_page(PAGE, ZERO), two.encrypt_page(0, ZERO), ZERO}
+    one, two = PageCipher(Vault()), PageCipher(Vault())
+    seen = {one.encrypt(0, ZERO), one.encrypt(PAGE, ZERO), two.encrypt(0, ZERO), ZERO}
     assert len(seen) == 4
-    page = one.encrypt_page(0, ZERO)
+    page = one.encrypt(0, ZERO)
     assert len({page[at : at + 16] for at in range(0, PAGE, 16)}) == PAGE // 16, "and on every block of a page"
 
 
 def test_moved_ciphertext_is_garbage() -> None:
-    cipher = PageCipher()
-    moved = cipher.decrypt_page(PAGE, cipher.encrypt_page(0, ZERO))
+    cipher = PageCipher(Vault())
+    moved = cipher.decrypt(PAGE, cipher.encrypt(0, ZERO))
     assert moved != ZERO and bytes(16) not in moved
-    assert PageCipher().decrypt_page(0, cipher.encrypt_page(0, ZERO)) != ZERO
+    assert PageCipher(Vault()).decrypt(0, cipher.encrypt(0, ZERO)) != ZERO
 
 
 def test_one_changed_byte_spoils_its_block_only() -> None:
-    cipher = PageCipher()
-    bad = bytearray(cipher.encrypt_page(0, ZERO))
+    cipher = PageCipher(Vault())
+    bad = bytearray(cipher.encrypt(0, ZERO))
     bad[100] ^= 1
-    plain = cipher.decrypt_page(0, bytes(bad))
+    plain = cipher.decrypt(0, bytes(bad))
     assert plain[:96] == bytes(96) and plain[112:] == bytes(PAGE - 112) and plain[96:112].count(0) < 8
 
 
@@ -44,17 +46,45 @@ def test_parts_are_the_page(first: int, blocks: int) -> None:
     part = cipher.encrypt(address, plain)
     assert cipher.decrypt(address, part) == plain
     start = address & -PAGE
-    whole = b"".join(cipher.encrypt_page(page, bytes(PAGE)) for page in range(start, address + len(plain), PAGE))
+    whole = b"".join(cipher.encrypt(page, bytes(PAGE)) for page in range(start, address + len(plain), PAGE))
     zero = cipher.encrypt(address, bytes(len(plain)))
     assert whole[address - start : address - start + len(plain)] == zero
 
 
-CIPHER = PageCipher()
+CIPHER = PageCipher(Vault())
 
 
-def test_decrypting_in_place_writes_a_page_and_no_more() -> None:
-    room = bytearray(b"\xee" * (PAGE + 15))
-    CIPHER.decrypt_page_into(PAGE, CIPHER.encrypt_page(PAGE, b"\x11" * PAGE), memoryview(room))
-    assert room == b"\x11" * PAGE + b"\xee" * 15
+def test_parts_inside_a_unit() -> None:
+    """What vCPUs and commands use: the same bytes as `encrypt` and `decrypt`, the plaintext in hidden room only."""
+    work = Workspace(memoryview(bytearray(ROOM)))
+    for address, size in ((0x7F0000000000, PAGE), (0x7F0000003000, PAGE), (0x7F0000001230, 64), (0x7F0000000000, UNIT)):
+        plain = bytes(n * 5 & 0xFF for n in range(size))
+        part = bytes(CIPHER.encrypt_part(address, plain, work))
+        assert part == CIPHER.encrypt(address, plain)
+        other = Workspace(memoryview(bytearray(ROOM)))
+        got = CIPHER.decrypt_part(address, part, other)
+        assert bytes(got) == plain and plain not in bytes(other.open)
+        at = address % UNIT
+        other.hidden[:] = bytes(ROOM)
+        other.hidden[at : at + size] = plain
+        assert CIPHER.encrypt_part(address, other.hidden[at : at + size], other) == part, "plaintext that is in its place already"
+
+
+def test_whole_units() -> None:
+    plain = bytes(n * 3 & 0xFF for n in range(3 * UNIT))
+    out = memoryview(bytearray(b"\xee" * (3 * UNIT + SLACK)))
+    CIPHER.encrypt_into(5 * UNIT, memoryview(plain), out)
+    assert bytes(out) == CIPHER.encrypt(5 * UNIT, plain) + b"\xee" * SLACK
     with pytest.raises(TypeError):
         CIPHER.__reduce__()
+
+
+def test_a_shared_key_is_forgotten_by_the_last() -> None:
+    cipher = PageCipher(Vault())
+    twin = cipher.shared()
+    page = cipher.encrypt(0, ZERO)
+    cipher.forget()
+    assert twin.decrypt(0, page) == ZERO
+    twin.forget()
+    with pytest.raises(ValueError, match="gone"):
+        twin.decrypt(0, page)

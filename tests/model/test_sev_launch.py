@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from kvmapi.abi import cert, psp, sev
+from kvmapi.certificates import cert_signed_by, parse_cert
 from kvmapi.errors import KvmError
 from kvmapi.launch import guest_status
 from kvmapi.session import OwnerSession
-from kvmapi.session_crypto import cert_signed_by, parse_cert
 from kvmapi.sev import SevPlatform
 from tests.model.sev_guest import SevGuest
 

@@ -5,7 +5,9 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def engine_is_warm() -> None:
-    """The model's engine keeps one page of native code for the whole process; make it before a test looks for leaks."""
+    """What the model keeps for the whole process is there before a test looks for leaks: the engine's page of native code, and the
+    secret memory that holds the root key of its platforms.
+    """
     from tests.conftest import missing
 
     if missing("model") is None:
@@ -13,5 +15,5 @@ def engine_is_warm() -> None:
         from tests.vmm import flat
         from vmm.machine import Machine, MachineConfig
 
-        with Machine(MachineConfig(flat.image(flat.HALT), ModelHost(), memory=16 << 20)) as machine:
+        with Machine(MachineConfig(flat.image(flat.HALT), ModelHost(), "sev", memory=16 << 20)) as machine:
             machine.run(10)

@@ -6,15 +6,15 @@ import pytest
 
 from tests.vmm import flat
 from vmm import boot
-from vmm.launch import runs
 from vmm.machine import Machine, MachineConfig
+from vmm.measure import runs
 
 MIB = 1 << 20
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 def test_pages_become_ascending_runs() -> None:
-    pages = dict.fromkeys([0x5000, 0x1000, 0x2000, 0x9000, 0x3000], b"")
+    pages = dict.fromkeys([0x5000, 0x1000, 0x2000, 0x9000, 0x3000], bytes(0x1000))
     assert list(runs(pages)) == [(0x1000, 0x3000), (0x5000, 0x1000), (0x9000, 0x1000)]
     assert list(runs({})) == []
 

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vmm.cli import status, values
+from vmm.cli import sev_values, status, values
 
 TYPES = ("plain", "sw-protected", "sev", "sev-es")
+SEV_TYPES = ("sev", "sev-es")
 RUNGS = ("auto", "kernel", "model")
 DIALECTS = ("mainline",)
 LATER_DIALECTS = ("upm-v6", "upm-v7", "page-enc-v6", "page-enc-v8")
@@ -27,11 +28,32 @@ examples:
   sevmm run hello                                  the guest's own first type, the kernel if it can
   sevmm run hello --type plain --on kernel         this machine's /dev/kvm or nothing
   sevmm run private-memory --type sev --json       one JSON object on stdout
+  sevmm run secret --secret key.bin --arguments nonce=7     a secret that only its owner and the measured guest know
   sevmm run ./guest.elf --memory 256M --timeout 5
   sevmm run x86/smptest.flat --vcpus 2             a Multiboot image, as kvm-unit-tests builds them
   sevmm run ./memtest86+x64.bin --append "console=ttyS0,115200"
 
 exit status: the guest's own code; 4 this host cannot; 124 timeout; 2 usage; 70 the VMM failed; 130 interrupted"""
+
+
+_MEASURE_EXAMPLES = """\
+examples:
+  sevmm measure hello                              the digest of hello on type sev, region by region
+  sevmm measure hello --type sev-es --vcpus 2      with the save area (VMSA) of each vCPU
+  sevmm run hello --type sev --save-launch l.json; sevmm measure hello --verify l.json
+  sevmm measure hello --tik tik.bin --nonce 4fbe0bedbad6c86ae8f68971d103e554 --api 0.24 --build 15
+
+exit status: 0 (with --verify: the same), 1 it differs, 2 usage, 4 this host cannot (no compiler), 70 the VMM failed"""
+
+
+_PLATFORM_EXAMPLES = """\
+examples:
+  sevmm platform status                            this host's, or the model's; the first line says which
+  sevmm platform export certs; sevmm platform verify certs
+  sevmm platform csr pek_csr.cert                  an owner signs it: sevmm platform import pek_csr.signed.cert oca.cert
+  sevmm platform reset --on model --yes
+
+exit status: 0; 1 the firmware refused, or a link of the chain does not hold; 2 usage or a file; 4 this host cannot"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,6 +104,8 @@ def build_parser() -> Parser:
     _add_doctor(verbs)
     _add_guests(verbs)
     _add_run(verbs)
+    _add_measure(verbs)
+    _add_platform(verbs)
     _add_completion(verbs)
     return parser
 
@@ -134,7 +158,75 @@ def _add_run(verbs: Any) -> None:
         "--arguments", "--append", type=values.arguments, default="", metavar="TEXT",
         help="text that the guest finds in its boot information, or as its command line",
     )  # fmt: skip
+    add("--secret", metavar="FILE", help="what a SEV guest's owner gives it after a right measurement (- for stdin)")
+    add("--save-launch", metavar="FILE", help="write what the launch measured, for sevmm measure --verify (no keys in it)")
     add("--json", action="store_true", help="one JSON object on stdout instead of the guest's console and the summary")
+
+
+def _add_measure(verbs: Any) -> None:
+    def run(options: argparse.Namespace) -> int:
+        from vmm.cli import measure
+
+        return measure.run(options)
+
+    parser = _verb(verbs, "measure", run, "predict what a launch measures, without any device, or compare with one", _MEASURE_EXAMPLES)
+    guest = parser.add_argument("guest", metavar="GUEST", help="a bundled guest (see sevmm guests) or a path: ELF64")
+    guest.complete = GUEST_COMPLETION  # type: ignore[attr-defined]  # shtab's convention
+    add = parser.add_argument
+    add("--type", choices=SEV_TYPES, default="sev", help="VM type (default: sev)")
+    add("--memory", type=values.size, default=64 << 20, metavar="SIZE", help="guest memory, as for run (default: 64M)")
+    add("--vcpus", type=values.vcpus, default=1, metavar="N", help="number of vCPUs, 1 to 64 (default: 1)")
+    add("--policy", type=values.policy, metavar="HEX", help="SEV policy (default: no debugging, no key sharing; SEV-ES for sev-es)")
+    add("--arguments", "--append", type=values.arguments, default="", metavar="TEXT", help="the guest's arguments, as for run")
+    add("--init", choices=("init", "init2"), default="init2", help="the command that makes a SEV VM: (ES_)INIT, or INIT2 (default)")
+    add("--c-bit", type=sev_values.c_bit, default=51, metavar="N", help="the host's C-bit (default: 51; 47 on the first two EPYCs)")
+    add(
+        "--features",
+        type=sev_values.features,
+        default=0xB,
+        metavar="HEX",
+        help="what the host's KVM offers, as the boot info says it (default: 0xb)",
+    )
+    add("--tik", metavar="FILE", help="the owner's integrity key, 16 bytes: predicts the MAC too, or checks a saved one")
+    add("--nonce", type=sev_values.nonce, metavar="HEX", help="LAUNCH_MEASURE's nonce, 16 bytes")
+    add("--api", type=sev_values.api, metavar="X.Y", help="the firmware's API version, for example 0.24 (sevmm platform status)")
+    add("--build", type=sev_values.build, metavar="N", help="the firmware's build, 0 to 255")
+    add("--save", metavar="FILE", help="write the prediction to a file")
+    add("--verify", metavar="FILE", help="compare with a saved launch or prediction, or the output of run --json; exit 0 same, 1 differs")
+    add("--json", action="store_true", help="the prediction as one JSON object on stdout")
+
+
+def _add_platform(verbs: Any) -> None:
+    def run(options: argparse.Namespace) -> int:
+        from vmm.cli import platform
+
+        return platform.run(options)
+
+    parser = _verb(verbs, "platform", run, "a SEV platform's identity: its state, owner, keys and certificates", _PLATFORM_EXAMPLES)
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True, dest="action", parser_class=Parser)
+
+    def action(name: str, text: str, *, device: bool = True) -> Callable[..., Any]:
+        made: Parser = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        if device:
+            made.add_argument("--on", choices=RUNGS, default="auto", help="whose /dev/sev (default: auto, the kernel's if it opens)")
+        made.add_argument("--json", action="store_true", help="one JSON object on stdout")
+        return made.add_argument
+
+    action("status", "version, state, owner and chip id")
+    add = action("export", "write the platform's certificates, for an owner to verify")
+    add("directory", metavar="DIR", help="where pdh.cert, pek.cert, oca.cert, cek.cert and cert_chain.cert go")
+    add("--force", action="store_true", help="overwrite files that are there")
+    add = action("csr", "write the request that a new owner signs")
+    add("file", metavar="FILE", help="where the request goes (2084 bytes)")
+    add("--force", action="store_true", help="overwrite a file that is there")
+    add = action("import", "give the platform an owner")
+    add("pek", metavar="PEK", help="the request, signed by the owner")
+    add("oca", metavar="OCA", help="the owner's self-signed certificate")
+    action("pdh-gen", "draw a new Diffie-Hellman key: sessions made for the old one are worthless")
+    add = action("reset", "forget the owner and draw new keys; not while there are guests")
+    add("--yes", action="store_true", help="do not ask")
+    add = action("verify", "check the signatures of a chain, offline", device=False)
+    add("directory", metavar="DIR", help="what export wrote, with AMD's ask.cert and ark.cert, or sevctl's file")
 
 
 def _add_completion(verbs: Any) -> None:

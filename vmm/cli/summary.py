@@ -43,14 +43,14 @@ def _rows(report: RunReport, style: Style) -> Iterator[tuple[str, str]]:
 
 
 def _launch(launch: LaunchReport, style: Style) -> Iterator[tuple[str, str]]:
-    yield "launch", f"policy {launch.policy:#x}{_policy_words(launch.policy)}"
+    yield "launch", f"policy {launch.policy:#x}{policy_words(launch.policy)}"
     yield "  digest", launch.digest.hex()
     yield "  measure", f"{launch.measure.hex()}  (firmware, nonce {launch.nonce.hex()})"
     verdict = style.paint("match", "green") if launch.match else style.paint("DOES NOT MATCH", "red")
     yield "  expected", f"{launch.expected.hex()}  {verdict}"
 
 
-def _policy_words(policy: int) -> str:
+def policy_words(policy: int) -> str:
     """The bits of a SEV policy that have a name (SEV API specification, guest policy)."""
     names = ("no debugging", "no key sharing", "SEV-ES", "no migration", "same domain", "SEV platforms only")
     words = [name for bit, name in enumerate(names) if policy >> bit & 1]

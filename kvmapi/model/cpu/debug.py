@@ -73,6 +73,11 @@ class GuestDebug:
         self._began = 0
 
     @property
+    def enabled(self) -> bool:
+        """Does user space debug at all?"""
+        return bool(self._control)
+
+    @property
     def active(self) -> bool:
         """Must every instruction be stepped?"""
         return bool(self._trap or self._data or self._completing)

@@ -21,6 +21,7 @@ _SEGMENT = struct.Struct("<QIH10B")  # base limit selector type present dpl db s
 _TABLE = struct.Struct("<QH6x")
 _CONTROL = struct.Struct("<7Q")  # cr0 cr2 cr3 cr4 cr8 efer apic_base
 _ORDER = (CS, DS, ES, FS, GS, SS, TR, LDT)
+_DEBUG_AT_RESET = 0xFFFF0FF0, 0x400  # DR6, DR7
 SIZE = 312
 BITMAP_AT = 280  # interrupt_bitmap; struct kvm_sregs2 has its flags and PDPTRs there
 _CR0_PE, _CR0_PG, _CR0_NW, _CR0_CD = 1, 1 << 31, 1 << 29, 1 << 30
@@ -54,6 +55,8 @@ def init(cpu: Cpu) -> None:
     """The state after INIT: as after RESET, but caching, x87, SSE and most MSRs are left alone."""
     caching = cpu.registers.cr(0) & (_CR0_NW | _CR0_CD)
     reset(cpu)
+    struct.pack_into("<4Q16xQQ", cpu.native.state, cpu.where.debug, 0, 0, 0, 0, *_DEBUG_AT_RESET)
+    cpu.debug.guest_changed()
     cpu.registers.set_cr(0, 0x10 | caching)
     cpu.registers.set_gpr(2, cpu.cpuid.read(1, 0)[0] or 0x600)
     cpu.native.flush_tlb()

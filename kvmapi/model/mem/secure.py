@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable
 
 from kvmapi.model.mem.arena import FRAMES, PAGE, Arena
-from kvmapi.model.mem.cipher import PageCipher
+from kvmapi.model.mem.cipher import ROOM, PageCipher
 
 _KEEP = 256  # frames kept over an exit: each costs 0.3 µs at the next entry
 _HOT = 64  # frames that stay writable over an exit: each costs a checksum at every exit
@@ -60,6 +60,7 @@ class SecureMemory:
     def __init__(self, cipher: PageCipher, on_flush: Callable[[], None], on_code_change: Callable[[], None]) -> None:
         self.cipher = cipher
         self.arena = Arena()
+        self._keyed = False  # the vault is open for us, from the first page that needs the key until nobody is inside
         self._frames: dict[int, Frame] = {}
         self._free = list(range(FRAMES - 1, -1, -1))
         self._inside = 0
@@ -91,7 +92,26 @@ class SecureMemory:
             self._on_flush()
         self._inside -= 1
         if self._inside == 0:
-            self.arena.close_door()
+            self.close()
+
+    def save_all(self) -> None:
+        """No vCPU runs: every page is ciphertext in the caller's memory, and none is cached, when this returns."""
+        self.arena.open_door()
+        self.evict_all()
+        self.close()
+
+    def close(self) -> None:
+        """Nobody is inside: neither plaintext nor keys can be reached."""
+        self.arena.close_door()
+        if self._keyed:
+            self._keyed = False
+            self.cipher.vault.__exit__()
+
+    def _unlock(self) -> None:
+        """The key is needed: once opened, the vault stays open until the last vCPU leaves."""
+        if not self._keyed:
+            self._keyed = True
+            self.cipher.vault.__enter__()
 
     # ---- during a run
     def frame(self, address: int, pointer: int, write: bool) -> Frame:
@@ -140,16 +160,21 @@ class SecureMemory:
             frame.writable = False
 
     def destroy(self) -> None:
-        """Deactivation: pages stay ciphertext for ever."""
+        """Deactivation: pages stay ciphertext for ever. What was given up before was wiped then."""
         self.arena.open_door()
+        for frame in self._frames.values():
+            frame.plain[:] = bytes(PAGE)
+        self.arena.work.hidden[:] = bytes(ROOM)
         self._frames.clear()
+        self.close()
         self.arena.destroy()
 
     # ---- one page
     def _load(self, frame: Frame) -> None:
+        self._unlock()
         frame.cipher = bytes(frame.home)
-        # Straight into the arena: a copy on the heap would stay readable there after it is freed.
-        self.cipher.decrypt_page_into(frame.address, frame.cipher, self.arena.room(frame.index))
+        # From secret memory to secret memory: a copy on the heap would stay readable there after it is freed.
+        frame.plain[:] = self.cipher.decrypt_part(frame.address, frame.cipher, self.arena.work)
         frame.checksum = zlib.crc32(frame.plain)
 
     def _store(self, frame: Frame) -> None:
@@ -158,8 +183,9 @@ class SecureMemory:
         frame.unsaved = frame.writable
         checksum = zlib.crc32(frame.plain)
         if checksum != frame.checksum:
+            self._unlock()
             frame.checksum = checksum
-            frame.cipher = self.cipher.encrypt_page(frame.address, frame.plain)
+            frame.cipher = bytes(self.cipher.encrypt_part(frame.address, frame.plain, self.arena.work))
             frame.home[:] = frame.cipher
 
     def _drop(self, frame: Frame) -> None:

@@ -1,0 +1,45 @@
+"""The chain of a real chip: PDH, PEK, OCA, CEK of a Naples EPYC, and the ASK and ARK that AMD publishes for that family.
+
+Public certificates, as virtee's sev crate has them among its tests (Apache-2.0), in this order, compressed. They are
+what no test that signs and verifies with the same code can be: somebody else's signatures.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+
+_PACKED = """
+eNrtmGdQU3saxkO5lIgYQAihV+lXEBPpkIBY6CRE6qUoBJAOWbgUkV4VUJpKl25oEUEQFAVBQJREOtKEQADpRRCCq6s7u3Nn+XyZ2fxm3plzPpznw3ne/zPP/GkA3wEB
+AHQ/5vsj7fdJMxW6ghIT71dpnzdKshXzn2XKgUDWQA64mNoDFc2XlTmtpttVnS/P5tf1DzBdooUBDoHOcy1X6JH0fCQ/cRsGLjSutZrMPzWY7Q2x/qNNb1Pr/GY4hK32
+N3OXDAQvG/7BGw0AFSpU/nZoQT9zgIS3lhIN7FPJ+zTVRJaq/1yKbSo6QfuJ8loAKCsC54aCk9dUS01cNgy0siuIPZLMh+nl1LEP1/XvzDWVfJG9Sl/Uvji1VrdI1mWm
+IwpbRYXZlbAhQl90Y04HgCtIYdhrSGOqA0cEEPUXUAEAaH7twr9z4cfIIBVGTgeO2e6JbcPczgg+3fP2xXwFtg3d7NY5d1cREMwlp/bK60Cu2CgR2ohad6g5TDtjRXsa
+xqWAxN3ZlbyvMHnP+Rr/FWKwU9wto2ZhSpDPOpl1YvCcxhzOcYdcj8yqLKC6QYXKEciEX1mA4iRBORM8R0rd798lcDodN8txeY/rGfXtjvr2fiUAvdMfW936VWD2Aur1
+cjoiMGvkMD36YwXxHcNaJ68+28ggWijqm3Z7yns5DOtS7LAz9Q6Mf0iSHBg3x1wC9ERjtDe9ddyoDhwN6H/tQaRHMm3aSI51yyqMR3EeLuAbLA8bMEZENOI9eeesZJaW
+NGlM9l+mmErbXXTqU2K4cZieTEyzYjZZKHfD0kHdK1kT3pHfVlUm4ayvlsHnXHZPXAb84bk7H9ZijJtma71nKiSS6sDR6gg0/9URXD70zW/W4M9k9YVtH/OLL/yQb72k
+1a83KFsQQNbfHzNDlESG8MVxQCYMndOrn4PUDtNm5+Dubre91RbwEbZQ6zdRMVdQwqJeIwYCYxOnB4ZmKopaM0hQrrcslEAlnPBtYSDVDSpUjk5HeKHrNqmFYBkwyLSq
+9ingMEjpAUlB+WzEHZtZ9MRs7RVBubPHD57cSCoEcboEWwiWH6YnKxE8DzhtaeWdqzmMtWdYH+CGD3/qbUhyT2cq+pZUh3XeUnocN78yG+ZrLD5BNE2jOkC9R6ByxDoC
+638647/uGK08zqUKhJ0Q5PF20m5PeGoEqNN06qBEuvK38gtdf003Pq0ItBERjZjwwjAsD5clHaYtaFJ8ufdkvu3bOaAcDPwweLw4L19rLkAqQ/IqvNw/zLwsfDREt614
+TJVSoRRofcGO6gYVKn8/HL9yYeZifd7uwlbuNxGGfj33jOJc1ycaRlo6aGV1sdW2kkRJxr51flfNyF5Xvy7wMD2dG7uGwXgUx0OgwLp+pWg05pHJlHpZSj4RsbwV1RRd
+N/ssbQLIsCWkMSuBzSv3scsiHh9Ix6DlOj7HMQPdv9BC7DPmb+Zouk/c5Tbr2kITJvc0T2lHsMnXN0sKW4zs6HrLhAZ46XgWmmUTMiMv95XhexQoaxv19LtQ5NeUjJCZ
+4+H6VcfK1PJey1Lwys7DgybxJNjFrjvVz99r+CvuCTOzNjC/LcqLlydiVg58A8MLBsBv5Gh8r+1+xODJvuFpMdhA6f3h4CinGq9iRz6Az7GpQmpHoJ4FKj+zYEo5g2Vf
+V9u/0h4f92l33oO3IabV4pIuQ41fKpqmc8GK4399yPRzaH62jP9bBMOYMPSr2SLSv7dbSIn0axuI3AFC2cVOclQu32PbXOUcf/jn3qBN4I2WiC73JlXLUigdGehovztb
+2QiMXr20i4++Msj6Tq97Zrineo3QuPRS/OJK//PYkVMqKWHSdiucCe87C9iQN0VmmVSHFqCw6yiFVUjlpzNq9ak6cH6frVxmhrbZx7JDHkU3EFXSJu7mYw/NtZ+QCIyc
+Tv4uCSkVzQWmCP0bi3C5z13Njw1l98jHJbJbHRNFbLgN15+6f9VMnY1FTjZWSyNuW3gB7R/EKnGvwXx4Zvh2SoZVIWvdX7JZ3xgucxuaCaDOYzLfleQ9UKjUGflNZIWe
+dD1dxCX1c/iHayebcfS2ss+MXpF8yVmpJUTv8KtBWTxoDF+QXhV8Y3qQYDoJVE+AFgQ6+n0uMDLcqwo2PVh+M99dXoEUlFgY9StMRZ1NPMOTWXdHSBtvqNcHyDBXuS3W
+JdwmF/EE8jY8DOCo7hNf0R0zisODlQXMQsmRvzVlzfb6k9V7cPf2JTmsndjDDPyLfJagU1+Zkg7wSLghV2tIUfguF1YYTOexk0gG7ewTe+uHFdxohSo52pTsofG1seJS
+YZ0NrPnKGsnVl5IH+ete8HowOgYrW/kdCzh/xX8z/wJp91uzbd/xT/0fN8WJSNFSRfqWMjh9J4iyhx2VO2lpzIVqLFiaEXz3Y/v/el7++g6gnp9DaXCzewcERPAtmhWr
+iFnPUE5lpvZFjvtH1+bi7NCT7MmGoQ0SpVCbs1qhiOmFcza7K8QE1z3gsnMEg6tjgmj7UBknOlZALgm9MwlZZBPt96EFdqrlqYs8abTnxk0o1JMTXLWLwdMQUNa6ee15
+++v8TYLdc68G6GkJZwXOYZBl8BsWoERGTqFNDSc/Fd4IyoGes9kWRVGj0KNpVCLZA2r5TWftrstAftkFFbSDmaNmao/J7zHCtMl0kpbpoXRKngoTBZ0WMorWMPmD0tbq
+MIk/Nx+Zk55TWC4/yx/a6kiYQD0TpwM+uDSChVS0a6kcoAm9xm5ibMXJnS14c5RjyvPRcFJF4lPcql715irccaNhx7uqkBBtOcY2GIGzz2ziEH3lbAGn/AMhBbYQRWoL
+sPl1beukTde/pSmnlLdc45QfnPDljUuWTe8IINzH3D/RF51ikZ0Rql+zKdyAmq68WhNANHtvjApK8SIgpdJSIC13cPEvSJfjwb0v+0RiCqtZxwlCTfoyqYyEKIETd90E
+m7sXg4LXBrh13T0/gH3r0ICJF6HbS917By3CzxbHeQqrvUDn82tvVaPnfV1vY99zBN3SwALuV1jeOhWz2+Lih7ppgFG7xPsuhHnh1sOIRatMf5CDqg1Ppf9pVnrnuFCr
+ddhbqKsx3ZfCHFku5YMBKCLY7J8lvBnI
+"""
+
+
+def chain() -> list[bytes]:
+    """PDH, PEK, OCA, CEK (2084 bytes each), ASK, ARK (832 bytes each)."""
+    data = zlib.decompress(base64.b64decode(_PACKED))
+    ends = (2084, 4168, 6252, 8336, 9168, 10000)
+    return [data[start:end] for start, end in zip((0, *ends), ends, strict=False)]
