@@ -25,6 +25,8 @@ ENTRIES |= {
     "fault_restart_us",
     "atomics_4_vcpus",
     "kick_p99_ms",
+    "launch_vs_openssl",
+    "page_crypt_us",
 }
 
 
