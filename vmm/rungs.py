@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import caps, ioctls
+from kvmapi.remedies import Remedy
 
 if TYPE_CHECKING:
     from kvmapi.host import Host
@@ -28,11 +29,7 @@ TYPES = {"plain": 0, "sw-protected": 1, "sev": 2, "sev-es": 3}
 RUNGS = ("auto", "kernel", "model")
 NEEDS = frozenset({"hypercall"})
 
-_REMEDIES = {
-    "sw-protected": "build the kernel with CONFIG_KVM_SW_PROTECTED_VM=y, or use --on model",
-    "sev": "use an AMD host with SEV (kvm_amd sev=1), or --on model",
-    "sev-es": "use an AMD host with SEV-ES (kvm_amd sev_es=1)",
-}
+_REMEDIES = {"sw-protected": Remedy.SW_PROTECTED, "sev": Remedy.SEV, "sev-es": Remedy.SEV_ES}
 
 
 class Unsupported(Exception):
@@ -70,7 +67,7 @@ def choose(type: str, on: str = "auto", needs: Set[str] = frozenset()) -> Rung:
         try:
             return _model(type, refusal.reason)
         except Unsupported as second:
-            raise Unsupported(f"{refusal.reason}, and {second.reason}", refusal.remedy or second.remedy) from refusal
+            raise Unsupported(f"{refusal.reason}, and {second.reason}", second.remedy or refusal.remedy) from refusal
     return Rung("kernel", host, reason)
 
 

@@ -65,6 +65,7 @@ class Fuzzer:
         self._plan = plan
         self._log = log
         self._host = ModelHost()
+        _ = self._host.platform.firmware.identity.pdh_certificate  # vaults live as long as host and process: no leaks
         self._memory = Memory(plan.threads)
         self._fds: list[int] = []
         self._kinds: dict[int, str] = {}

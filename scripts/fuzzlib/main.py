@@ -28,6 +28,10 @@ def main() -> int:
         from fuzzlib import snippets
 
         return snippets.main(sys.argv[2:])
+    if sys.argv[1:2] == ["sev"]:
+        from fuzzlib import sev
+
+        return sev.main(sys.argv[2:])
     options = _parser().parse_args()
     plan = Plan(options.calls, options.seed, options.threads, options.seconds)
     if options.child:
@@ -48,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fuzz",
         description="Any ioctl, any argument, any fd, in any order, from several threads, against the model. JSON on stdout.",
-        epilog="`fuzz snippets` is another subject: hostile code in guests (see fuzz snippets --help). "
+        epilog="`fuzz snippets` and `fuzz sev` are other subjects: hostile code in guests, and sequences of SEV commands against a "
+        "reference (see fuzz snippets --help, fuzz sev --help). "
         "One thread and one seed make the same calls each time; with more, their order is the machine's.",
     )
     parser.add_argument("--calls", type=_positive, default=100_000, metavar="N", help="how many ioctls (100000)")

@@ -1,5 +1,6 @@
 """scripts/fuzz: one thread and one seed make the same calls, the log survives a crash and says what was called; of hostile snippets, that
-each ends, that a crash, a hang and an exception are findings with the command that repeats them.
+each ends, that a crash, a hang and an exception are findings with the command that repeats them; of SEV commands the same, and that
+what the reference would not say, and what is kept, is found.
 """
 
 from __future__ import annotations
@@ -147,3 +148,68 @@ def test_a_snippet_is_the_same_each_time() -> None:
         seen.append([(machine.one(index), bytes(machine._memory)) for index in range(40) if index != 1])
         machine.close()
     assert seen[0] == seen[1] and len({memory for _, memory in seen[0]}) == len(seen[0])
+
+
+@pytest.mark.model
+def test_sev(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """A short run: sequences in two processes, calls that succeed and calls that are refused, and nothing found."""
+    assert run(monkeypatch, "sev", "--count", "16", "--steps", "80", "--seed", "3", "--processes", "2") == 0
+    summary = json.loads(capfd.readouterr().out)
+    assert summary["sequences"] == 16 and summary["findings"] == []
+    assert summary["calls"] > 800 and 0 < summary["succeeded"] < summary["calls"]
+    assert {"KVM_SEV_LAUNCH_START 0", "KVM_SEV_LAUNCH_START EIO"} <= set(summary["answers"])
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        ("os.abort()", "ends the process with status -6"),
+        ("raise ValueError('not an errno')", "ValueError: not an errno"),
+        ("self.state = 1", "state 1, not 3"),
+        ("kept.append(os.dup(0))", "fds left open"),
+    ],
+)
+def test_what_a_sev_command_may_not_do_is_found(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], break_it: str, said: str
+) -> None:
+    """LAUNCH_FINISH does it once in a while: the sequence is named, and repeated with the command that is printed."""
+    from fuzzlib import sev
+
+    broken = f"""
+import os
+from kvmapi.model.sev.guest import GuestContext
+finish, kept = GuestContext.finish, []
+def _finish(self):
+    finish(self)
+    {break_it}
+GuestContext.finish = _finish
+"""
+    monkeypatch.setattr(sev, "_CHILD", sev._CHILD.replace("from fuzzlib.sev", f"exec({broken!r}); from fuzzlib.sev"))
+    assert run(monkeypatch, "sev", "--count", "12", "--steps", "60", "--seed", "3", "--processes", "1") == 1
+    captured = capfd.readouterr()
+    findings = json.loads(captured.out)["findings"]
+    assert any(said in finding["what"] for finding in findings)
+    assert f"--seed 3 --steps 60 --first {findings[0]['index']} --count 1" in captured.err
+
+
+@pytest.mark.model
+def test_a_sev_finding_is_made_shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many steps those stay without which nothing goes wrong."""
+    from random import Random
+
+    from fuzzlib import sev
+
+    from kvmapi.model.sev.guest import GuestContext
+    from tests.model.sev_rules import sequence
+
+    finish = GuestContext.finish
+
+    def wrong(self: GuestContext) -> None:
+        finish(self)
+        self.policy ^= 1
+
+    monkeypatch.setattr(GuestContext, "finish", wrong)
+    steps = next(steps for seed in range(20) if sev.follow(steps := sequence(Random(seed), 60))[1])
+    few = sev.shorten(steps)
+    assert len(few) <= 4 and sev.follow(few)[1], few
