@@ -104,7 +104,8 @@ _FAULT = struct.Struct("<QQQ")
 def _io(run: Mapping) -> Exit:
     direction, size, port, count, offset = _IO.unpack_from(run, _U)
     length = size * count
-    if size not in (1, 2, 4) or offset < _U + EXIT_UNION_SIZE or offset + length > len(run):
+    # An SEV-ES guest can ask for 3, 5, 6 or 7 bytes: KVM takes the GHCB's size bits as they are.
+    if not 1 <= size <= 8 or offset < _U + EXIT_UNION_SIZE or offset + length > len(run):
         raise ExitError(
             f"IO exit on port {port:#x}: {count} items of {size} bytes at offset {offset:#x} of a {len(run):#x}-byte kvm_run mapping"
         )

@@ -11,7 +11,17 @@ FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 
 
-class GuestMemfd(Descriptor):
+class AllocatedFile(Descriptor):
+    """A file whose pages are populated and punched with fallocate."""
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> None:
+        try:
+            self.host.fallocate(self.fd, mode, offset, length)
+        except OSError as error:
+            raise self.call_error("fallocate", error, mode=mode, offset=offset, length=length) from error
+
+
+class GuestMemfd(AllocatedFile):
     """The fd of KVM_CREATE_GUEST_MEMFD; `size` and offsets in bytes, multiples of 4 KiB.
 
     The file holds its VM: the VM lives until the file is closed too. Closing it unbinds it from its slots, and a
@@ -32,12 +42,6 @@ class GuestMemfd(Descriptor):
     def punch_hole(self, offset: int, length: int) -> None:
         """Free [offset, offset+length) and zap the guest's mappings; the next access sees zeroes."""
         self._fallocate(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, offset, length)
-
-    def _fallocate(self, mode: int, offset: int, length: int) -> None:
-        try:
-            self.host.fallocate(self.fd, mode, offset, length)
-        except OSError as error:
-            raise self.call_error("fallocate", error, mode=mode, offset=offset, length=length) from error
 
     def mmap(self, length: int | None = None, offset: int = 0) -> mmap.mmap:
         """Map the file, if it was made with GUEST_MEMFD_FLAG_MMAP (ENODEV otherwise).

@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 _LOOK = 0.005  # seconds a sleeper goes without looking at immediate_exit, which nobody announces
 _NS = 1e9
 _WITH_APIC = frozenset(
-    (kvm.KVM_MP_STATE_UNINITIALIZED, kvm.KVM_MP_STATE_INIT_RECEIVED, kvm.KVM_MP_STATE_HALTED, kvm.KVM_MP_STATE_SIPI_RECEIVED)
-)
+    (
+        kvm.KVM_MP_STATE_UNINITIALIZED, kvm.KVM_MP_STATE_INIT_RECEIVED, kvm.KVM_MP_STATE_HALTED, kvm.KVM_MP_STATE_SIPI_RECEIVED,
+        kvm.KVM_MP_STATE_AP_RESET_HOLD,
+    )
+)  # fmt: skip
+_SLEEPS = frozenset((kvm.KVM_MP_STATE_HALTED, kvm.KVM_MP_STATE_AP_RESET_HOLD))
 
 
 class Activity:
@@ -90,8 +94,10 @@ class Activity:
         if init:
             self._take_init()
         if self.state == kvm.KVM_MP_STATE_INIT_RECEIVED and sipi is not None:
-            if not self._vcpu.vm.sev.es_active:  # an SEV-ES vCPU starts as its VMSA says
+            if not self._vcpu.vm.sev.es_active:
                 sregs.start_at(cpu, sipi)
+            elif self._vcpu.ghcb is not None:  # an SEV-ES vCPU starts as its VMSA says, or comes back from its hold
+                self._vcpu.ghcb.startup_ipi()
             self.state = kvm.KVM_MP_STATE_RUNNABLE
         if lapic is not None:
             deadline = lapic.deadline()
@@ -99,7 +105,7 @@ class Activity:
                 lapic.expire()
             if lapic.pending() is not None:
                 cpu.attention = True
-        if self.state == kvm.KVM_MP_STATE_HALTED and self._wakes():
+        if self.state in _SLEEPS and self._wakes():
             self.state = kvm.KVM_MP_STATE_RUNNABLE
 
     @property
@@ -127,6 +133,11 @@ class Activity:
     def halt(self) -> None:
         """HLT in a VM with interrupt controllers."""
         self.state = kvm.KVM_MP_STATE_HALTED
+
+    def hold(self) -> None:
+        """An SEV-ES guest waits for a startup IPI, or whatever else ends HLT."""
+        with self._changed:
+            self.state, self._asked = kvm.KVM_MP_STATE_AP_RESET_HOLD, True
 
     @property
     def runs(self) -> bool:

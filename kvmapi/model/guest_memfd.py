@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 _OPERATIONS = (0x2, 0x8, 0x10, 0x20, 0x40, 0x80)  # punch, collapse, zero, insert, unshare, write zeroes
 _NOT_KEEPING_SIZE = (0x8, 0x20, 0x80)
-_MAX_FILE = (1 << 63) - 1
+MAX_FILE = (1 << 63) - 1
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, use_errno=True)(
     ("fallocate", _libc)
@@ -43,7 +43,7 @@ def real_fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _no_such_mode(mode: int) -> bool:
+def no_such_mode(mode: int) -> bool:
     """Does no file system take this combination (fs/open.c, vfs_fallocate)?"""
     operation, keep = mode & ~FALLOC_FL_KEEP_SIZE, mode & FALLOC_FL_KEEP_SIZE
     if operation and operation not in _OPERATIONS:
@@ -152,9 +152,9 @@ class GuestMemfdFile(File):
         """
         if offset < 0 or length <= 0:
             raise Errno(errno.EINVAL)
-        if _no_such_mode(mode):
+        if no_such_mode(mode):
             raise Errno(errno.EOPNOTSUPP)
-        if offset + length > _MAX_FILE:  # the file system's own checks, before the file's
+        if offset + length > MAX_FILE:  # the file system's own checks, before the file's
             raise Errno(errno.EFBIG)
         if not mode & FALLOC_FL_KEEP_SIZE or mode & ~(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE):
             raise Errno(errno.EOPNOTSUPP)

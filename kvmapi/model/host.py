@@ -106,8 +106,29 @@ class ModelHost:
         return entry[0].map(length, prot, flags, offset)
 
     def memfd_create(self, name: str, flags: int) -> int:
-        """An ordinary memfd: mainline's flags only."""
+        """An ordinary memfd; in dialects that have MFD_INACCESSIBLE, one that user space cannot reach."""
+        if self.platform.dialect.files == "memfd":
+            from kvmapi.model.dialects import memfd
+
+            try:
+                if memfd.check_flags(flags):
+                    return self.install(memfd.PrivateMemfd(name, close_on_exec=bool(flags & os.MFD_CLOEXEC)))
+            except Errno as failure:
+                raise OSError(failure.number, os.strerror(failure.number)) from None
         return os.memfd_create(name, flags)
+
+    def ftruncate(self, fd: int, length: int) -> None:
+        """ftruncate, for files whose size is the model's to give. (It sees what os.ftruncate does to the others, too.)"""
+        from kvmapi.model.dialects.memfd import PrivateMemfd
+
+        entry = self._files.get(fd)
+        if entry is None or not isinstance(entry[0], PrivateMemfd):
+            os.ftruncate(fd, length)
+            return
+        try:
+            entry[0].resize(length)
+        except Errno as failure:
+            raise OSError(failure.number, os.strerror(failure.number)) from None
 
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         """fallocate on a guest_memfd by its rules, on another fd by the kernel's."""

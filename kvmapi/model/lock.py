@@ -78,6 +78,11 @@ class EngineLock:
         self._holder = None
         self._lock.release()
 
+    @property
+    def holder(self) -> KickFlag | None:
+        """The kick flag of the vCPU that has the lock; None when nobody has it, or an ioctl."""
+        return self._holder
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """No vCPU runs inside this block."""

@@ -10,18 +10,43 @@ from __future__ import annotations
 import errno
 from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE, USER_TOP, Errno
 
 if TYPE_CHECKING:
-    from kvmapi.model.guest_memfd import GuestMemfdFile
+    import mmap
 
 USER_SLOTS = 32764  # KVM_USER_MEM_SLOTS on x86: 32767 less three of KVM's own
 _MAX_PAGES = (1 << 31) - 1  # KVM_MEM_MAX_NR_PAGES
 _V1_FLAGS = kvm.KVM_MEM_LOG_DIRTY_PAGES | kvm.KVM_MEM_READONLY
 _U64 = 1 << 64
+
+
+class PrivateFile(Protocol):
+    """What a slot has of the file with its private memory: a guest_memfd, or what RFC dialects have in its place."""
+
+    @property
+    def bytes_(self) -> int:
+        """Size of the file."""
+
+    @property
+    def mappable(self) -> bool:
+        """May user space map it, so that all accesses of a VM without private memory go there?"""
+
+    @property
+    def closed(self) -> bool:
+        """Is nothing bound any more, because user space closed it?"""
+
+    def memory(self) -> mmap.mmap:
+        """The whole file in our process."""
+
+    def bind(self, slot: Slot) -> None:
+        """A slot has it from now on."""
+
+    def unbind(self, slot: Slot) -> None:
+        """No longer."""
 
 
 @dataclass(slots=True)
@@ -33,7 +58,7 @@ class Slot:
     gfn: int
     pages: int
     hva: int
-    gmem: GuestMemfdFile | None = None
+    gmem: PrivateFile | None = None
     gmem_page: int = 0
     dirty: bytearray | None = field(default=None, repr=False)  # one bit per page, while LOG_DIRTY_PAGES
     backing_key: object = field(default_factory=object, repr=False)  # the same for as long as the memory is: over moves, too
@@ -42,7 +67,7 @@ class Slot:
         """Caller's address of the page `gfn`."""
         return self.hva + (gfn - self.gfn) * PAGE
 
-    def backing(self) -> GuestMemfdFile | None:
+    def backing(self) -> PrivateFile | None:
         """The guest_memfd while it lives: closing its fd, and what is mapped of it, unbinds the slot."""
         return self.gmem if self.gmem is not None and not self.gmem.closed else None
 

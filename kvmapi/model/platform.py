@@ -11,7 +11,7 @@ import os
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from kvmapi.abi import caps, kvm
+from kvmapi.abi import caps, dialects, kvm
 from kvmapi.abi.vmsa import SVM_SEV_FEAT_DEBUG_SWAP
 from kvmapi.model.cpu import cpuid, fpu
 from kvmapi.model.dirty_log import ALL_OPTIONS
@@ -106,6 +106,8 @@ class Platform:
     SEVMM_MODEL_MEMLOCK=1 turns it on from outside.
 
     `store`: the firmware's non-volatile memory (identity keys); None keeps it in this process.
+
+    `dialect`: whose interface of private memory the kernel has (kvmapi.abi.dialects); ValueError for one that does not exist.
     """
 
     def __init__(
@@ -118,9 +120,11 @@ class Platform:
         debug_swap: bool = False,
         memlock: bool | None = None,
         store: Store | None = None,
+        dialect: str = "mainline",
     ) -> None:
         if sev and not 1 <= min_sev_asid <= asids + 1:
             raise ValueError(f"min_sev_asid {min_sev_asid} does not split ASIDs 1..{asids}: say 1 (none for SEV-ES) to {asids + 1} (all)")
+        self.dialect = dialects.dialect(dialect)
         self.has_sev = sev
         self.has_sev_es = sev and es and min_sev_asid > 1
         self.asids = asids
@@ -144,7 +148,7 @@ class Platform:
             types |= 1 << kvm.KVM_X86_SEV_VM
         if self.has_sev_es:
             types |= 1 << kvm.KVM_X86_SEV_ES_VM
-        return types
+        return types & self.dialect.vm_types
 
     def supported_cpuid(self) -> list[cpuid.Leaf]:
         """KVM_GET_SUPPORTED_CPUID. SEV stands there even where no ASID is left for such guests."""
@@ -154,6 +158,8 @@ class Platform:
 
     def capability(self, number: int, vm_type: int | None) -> int:
         """KVM_CHECK_EXTENSION at system scope (`vm_type` None) or on a VM."""
+        if number in self.dialect.capabilities:
+            return self.dialect.capabilities[number]
         if number == caps.KVM_CAP_VM_TYPES:
             return self.vm_types
         private = vm_type is None or has_private_memory(vm_type)

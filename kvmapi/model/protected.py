@@ -4,9 +4,11 @@ From then on the guest's registers are those in the engine, and no ioctl shows o
 of the vCPU is a copy from the moment of the launch (`_own`), of no consequence for the guest:
 
 - A VM of type 3 refuses (EINVAL) general, system, debug and extended control registers, x87, SSE and AVX state.
-- A VM of the legacy type 0 answers. General and debug registers and XCR0 are those of the copy, which can still be written.
-  KVM_GET_SREGS has CR0, CR4, CR8, EFER and the APIC base, and zeroes elsewhere; KVM_SET_SREGS is checked and takes no more
-  than the APIC base and a waiting interrupt. x87, SSE and AVX state reads as zeroes, and what is written is dropped.
+- A VM of the legacy type 0 answers. General and debug registers and XCR0 are those of the copy, which can still be written;
+  from the guest's first GHCB on, general registers are what it put there, and go back there when it is entered.
+  KVM_GET_SREGS has CR0, CR4, CR8, EFER (KVM hears of their writes) and the APIC base, and zeroes elsewhere; KVM_SET_SREGS is
+  checked and takes no more than the APIC base and a waiting interrupt. x87, SSE and AVX state reads as zeroes, and what is
+  written is dropped.
 - KVM_SET_GUEST_DEBUG is EINVAL on both. Events, interrupts, NMIs, MP_STATE, CPUID, LAPIC and the TSC are KVM's own: as ever.
 - MSRs that the guest accesses without KVM are out of reach as soon as KVM has let it: at once for branch records, with
   the first KVM_RUN for the others. On type 3 such an MSR ends KVM_GET_MSRS and KVM_SET_MSRS; on type 0 it reads as 0.
@@ -66,6 +68,7 @@ _HIDDEN_ONCE_RUN = frozenset(
 )  # fmt: skip
 _ADDRESSES = frozenset((msrs.LSTAR, msrs.CSTAR, msrs.KERNEL_GS_BASE, msrs.FS_BASE, msrs.GS_BASE))  # must be canonical
 _END_OF_CONTROL = layout.CR + 5 * 8  # general registers to CR4 stand in one piece
+_GENERAL = 16
 _CONTROL = struct.Struct("<7Q")  # in struct kvm_sregs: cr0 cr2 cr3 cr4 cr8 efer apic_base
 _CONTROL_AT = sregs.BITMAP_AT - _CONTROL.size
 _GETS_SREGS = {ioctls.KVM_GET_SREGS: sregs.SIZE, ioctls.KVM_GET_SREGS2: sregs.BITMAP_AT + 40}
@@ -98,6 +101,11 @@ def _save(cpu: Cpu, *, floating: bool) -> _Registers:
     )
 
 
+def _control(cpu: Cpu) -> tuple[int, int, int]:
+    """CR0, CR4 and EFER."""
+    return cpu.registers.cr(0), cpu.registers.cr(4), cpu.registers.efer
+
+
 def _restore(cpu: Cpu, saved: _Registers) -> None:
     blob, where = cpu.native.state, cpu.where
     for number, value in saved.msrs.items():
@@ -120,6 +128,9 @@ class ProtectedState:
         self._refuses = has_protected_state(vcpu.vm.type)
         self._confidential_fpu = confidential_fpu
         self._own = _save(vcpu.cpu, floating=not confidential_fpu)
+        self._began = _control(vcpu.cpu)
+        self.general = memoryview(bytearray(self._own.general[: 8 * _GENERAL])).cast("Q")
+        """KVM's general registers: what the last GHCB had in them, once there was one. In the encoder's order."""
 
     def __repr__(self) -> str:
         return f"ProtectedState(vcpu {self._vcpu.id})"
@@ -136,15 +147,26 @@ class ProtectedState:
         cpu, floating = self._vcpu.cpu, not self._confidential_fpu
         guest, refuses, priority = _save(cpu, floating=floating), cpu.refuses_entry, cpu.cr8
         _restore(cpu, self._own)
+        general, bytes_ = self.general.cast("B"), cpu.native.state[: 8 * _GENERAL]
+        bytes_[:] = general
         try:
             yield
             if keep:
                 self._own = _save(cpu, floating=floating)
+                general[:] = bytes_
         finally:
             _restore(cpu, guest)
             if not keep:
                 cpu.cr8 = priority
             cpu.refuses_entry, cpu.attention = refuses, True
+
+    def begin(self) -> None:
+        """The guest has its registers as it will start with them: what it writes to control registers, KVM hears of."""
+        self._began = _control(self._vcpu.cpu)
+
+    def set_xcr0(self, value: int) -> None:
+        """The guest's GHCB tells KVM its XCR0."""
+        self._own = self._own._replace(xcr0=value.to_bytes(8, "little"))
 
     def method(self, request: int, ordinary: Method) -> Method:
         """What answers `request` now, in place of the `ordinary` method."""
@@ -194,6 +216,8 @@ class ProtectedState:
         def method(arg: int, caller: Caller) -> int:
             with self.kvms_own():
                 cr0, _, _, cr4, cr8, efer, apic_base = _CONTROL.unpack_from(sregs.pack(self._vcpu.cpu), _CONTROL_AT)
+            now = zip((cr0, cr4, efer), self._began, _control(self._vcpu.cpu))
+            cr0, cr4, efer = (theirs if theirs != launched else own for own, launched, theirs in now)  # KVM sees writes
             caller.memory.write(arg, (bytes(_CONTROL_AT) + _CONTROL.pack(cr0, 0, 0, cr4, cr8, efer, apic_base)).ljust(size, b"\0"))
             return 0
 

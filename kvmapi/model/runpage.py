@@ -34,6 +34,7 @@ class RunPage:
         self.kick = memoryview(self.memory)[KICK : KICK + 1]
         self.u64 = memoryview(self.memory).cast("Q")
         self._u32 = memoryview(self.memory).cast("I")
+        self.fault = kvm.KVM_EXIT_MEMORY_FAULT, kvm.KVM_MEMORY_EXIT_FLAG_PRIVATE  # RFC dialects have other numbers
 
     def map(self, length: int, prot: int, flags: int, offset: int) -> mmap.mmap:
         """The VMM's mapping; EINVAL beyond the area, as a fault there would be SIGBUS."""
@@ -76,8 +77,8 @@ class RunPage:
 
     def memory_fault(self, gpa: int, private: bool) -> int:
         """KVM_EXIT_MEMORY_FAULT of one page; KVM_RUN itself returns an errno with it."""
-        flags = kvm.KVM_MEMORY_EXIT_FLAG_PRIVATE if private else 0
-        return self.payload(kvm.KVM_EXIT_MEMORY_FAULT, "<QQQ", flags, gpa & -4096, 4096)
+        reason, flag = self.fault
+        return self.payload(reason, "<QQQ", flag if private else 0, gpa & -4096, 4096)
 
     def internal_error(self, suberror: int, *data: int) -> int:
         """KVM_EXIT_INTERNAL_ERROR with up to 16 words."""

@@ -6,6 +6,7 @@ import errno
 import struct
 
 from kvmapi.abi import ioctls, kvm, sev
+from kvmapi.abi.dialects import MAINLINE
 from kvmapi.model.caller import Caller, Errno
 from kvmapi.model.cpu import fpu
 from kvmapi.model.cpu.msrs import INDEX_LIST
@@ -65,7 +66,14 @@ class KvmDevice(File):
     def _create_vm(self, arg: int, caller: Caller) -> int:
         if not 0 <= arg < 32 or not self._platform.vm_types >> arg & 1:
             raise Errno(errno.EINVAL)
-        return caller.install(VmFile(self._platform, arg, caller))
+        return caller.install(self._make_vm(arg, caller))
+
+    def _make_vm(self, vm_type: int, caller: Caller) -> VmFile:
+        if self._platform.dialect is MAINLINE:
+            return VmFile(self._platform, vm_type, caller)
+        from kvmapi.model.dialects.vm import DialectVm
+
+        return DialectVm(self._platform, vm_type, caller)
 
     def _supported_cpuid(self, arg: int, caller: Caller) -> int:
         room = struct.unpack("<I4x", caller.memory.read(arg, 8))[0]

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import ioctls, kvm
+from kvmapi.abi.vmsa import SVM_SEV_FEAT_DEBUG_SWAP
 from kvmapi.model import sync_regs, vmsa
 from kvmapi.model.activity import Activity
 from kvmapi.model.caller import Caller, Errno
@@ -32,6 +33,7 @@ from kvmapi.model.sync_regs import SYNC_AT
 from kvmapi.model.vcpu_state import VcpuState
 
 if TYPE_CHECKING:
+    from kvmapi.model.ghcb.unit import GhcbUnit
     from kvmapi.model.vm import VmFile
 
 _IF = 1 << 9
@@ -59,6 +61,7 @@ class VcpuFile(File):
         self.dead = self._gone = False
         self.entered = False  # did the guest ever run? Then its CPUID stays
         self.protected: ProtectedState | None = None  # since LAUNCH_UPDATE_VMSA: the registers are the guest's secret
+        self.ghcb: GhcbUnit | None = None  # and from then on this is how the guest speaks to KVM
         self.activity = Activity(self)
         self.cpu.lapic = self.cpu.msrs.lapic = self.activity.lapic
         if self.cpu.lapic is not None:
@@ -143,7 +146,20 @@ class VcpuFile(File):
 
     def protect(self) -> None:
         """The VMSA is encrypted: from now on no ioctl shows or changes the guest's registers."""
+        from kvmapi.model.ghcb.entry import from_vmsa
+
         self.protected = ProtectedState(self)
+        from_vmsa(self.cpu, self.vm.type)
+        self.ghcb = self._es_guest(self.protected)
+
+    def _es_guest(self, protected: ProtectedState) -> GhcbUnit:
+        from kvmapi.model.ghcb.intercepts import Intercepts
+        from kvmapi.model.ghcb.unit import GhcbUnit
+
+        protected.begin()
+        unit = GhcbUnit(self, protected)
+        Intercepts(unit, bool(self.vm.sev.vmsa_features & SVM_SEV_FEAT_DEBUG_SWAP)).install()
+        return unit
 
     def take_protected(self, source: VcpuFile) -> None:
         """The guest of `source` moves here, registers and all; `source` is of a VM that dies. KVM does not make this vCPU's
@@ -151,7 +167,10 @@ class VcpuFile(File):
         """
         self.protected = ProtectedState(self, confidential_fpu=False)
         self.protected.take_over(source)
-        source.protected = None
+        self.ghcb = self._es_guest(self.protected)
+        if source.ghcb is not None:
+            self.ghcb.take_over(source.ghcb)
+        source.protected = source.ghcb = None
 
     def kvms_own(self, *, keep: bool = True) -> AbstractContextManager[None]:
         """For changes that KVM makes to registers: of a protected vCPU it has nothing but a copy."""
@@ -248,7 +267,9 @@ class VcpuFile(File):
                 result = self._sleep()
                 continue
             if self.vm.sev.es_active:
-                return self._refuse_entry()
+                if self.ghcb is None:
+                    return self._refuse_entry()
+                self.ghcb.finish()
             # Who else may have changed code? Other vCPUs and ioctls, if they had the lock since; and the VMM
             # at every entry, but what it does to encrypted pages `enter` has noticed already.
             if lock.turns != self._turn + 1 or (entering and not cpu.code.secret):
@@ -261,9 +282,7 @@ class VcpuFile(File):
         return result
 
     def _refuse_entry(self) -> int:
-        """An SEV-ES guest cannot run here yet. This is what the processor says to a VMSA that it does not take: one that was
-        not launched, or not finished.
-        """
+        """What the processor says to a VMSA that it does not take: that of a vCPU which LAUNCH_UPDATE_VMSA has not seen."""
         self.entered = True
         return self.page.payload(kvm.KVM_EXIT_FAIL_ENTRY, "<QI", _VMRUN_FAILED, 0)
 
@@ -310,7 +329,9 @@ class VcpuFile(File):
     def _after_run(self) -> None:
         """The fields that every return of KVM_RUN fills in."""
         cpu = self.cpu
-        enabled = cpu.registers.u64[layout.EFLAGS >> 3] & _IF != 0 and not self.vm.sev.es_active
+        enabled = cpu.registers.u64[layout.EFLAGS >> 3] & _IF != 0
+        if enabled and self.vm.sev.es_active:  # the processor tells KVM, once it has run the guest
+            enabled = self.ghcb is not None and self.entered
         ready = cpu.lapic is not None or (enabled and cpu.events.takes_interrupts())
         self.page.after_run(ready, enabled, cpu.cr8, cpu.msrs.apic_base)
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from kvmapi.abi import caps, ioctls, kvm
 from kvmapi.model.attributes import PrivateSet
@@ -30,6 +31,10 @@ from kvmapi.model.msr_filter import MsrFilter
 from kvmapi.model.platform import MAX_VCPUS, SEV_TYPES, Platform, has_private_memory, has_protected_state
 from kvmapi.model.sev import commands, regions, sharing
 from kvmapi.model.sev.context import SevContext
+
+if TYPE_CHECKING:
+    from kvmapi.model.sev.stream import Piece
+    from kvmapi.model.vcpu import VcpuFile
 
 _REGION = struct.Struct("<IIQQQ")
 _ATTRIBUTES = struct.Struct("<QQQQ")
@@ -122,6 +127,10 @@ class VmFile(File):
             if lock is self.lock:
                 return lock
             lock.release()
+
+    def launch_pieces(self, address: int, size: int) -> list[Piece]:
+        """Where LAUNCH_UPDATE_DATA of the caller's [address, address+size) finds what it encrypts: there."""
+        return [(self.memory, address, size)]
 
     def mappings_changed(self) -> None:
         """Backings changed while paused: vCPUs drop their translations."""
@@ -299,8 +308,6 @@ class VmFile(File):
         return 0
 
     def _create_vcpu(self, arg: int, caller: Caller) -> int:
-        from kvmapi.model.vcpu import VcpuFile
-
         with self.mutex:
             if not 0 <= arg < _MAX_VCPU_IDS or len(self.vcpus) >= MAX_VCPUS:
                 raise Errno(errno.EINVAL)
@@ -309,7 +316,12 @@ class VmFile(File):
                 raise Errno(errno.EINVAL)
             if arg in self.vcpus:
                 raise Errno(errno.EEXIST)
-            vcpu = VcpuFile(self, arg)
+            vcpu = self._make_vcpu(arg)
             fd = caller.install(vcpu)
             self.vcpus[arg] = vcpu
             return fd
+
+    def _make_vcpu(self, index: int) -> VcpuFile:
+        from kvmapi.model.vcpu import VcpuFile
+
+        return VcpuFile(self, index)

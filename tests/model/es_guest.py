@@ -65,7 +65,7 @@ def raw(vcpu: Vcpu, request: int, argument: Any) -> int:
 
 
 def set_up(guest: EsGuest, number: int = 0, rip: int = 0x100000) -> tuple[v.kvm_regs, v.kvm_sregs]:
-    """64-bit mode, unmistakable registers."""
+    """64-bit mode, unmistakable registers. There is no code and no way to handle an exception: a guest that runs shuts down."""
     vcpu = guest.vcpus[number]
     regs = v.kvm_regs(rip=rip, rflags=2, rsp=0x20000 + number, **{f"r{n}": 0x5EC0DE00 + n for n in range(8, 16)})
     sregs = vcpu.get_sregs()
@@ -73,6 +73,7 @@ def set_up(guest: EsGuest, number: int = 0, rip: int = 0x100000) -> tuple[v.kvm_
     sregs.cs = v.kvm_segment(selector=8, type=11, l=1, **flat)
     for name in ("ds", "es", "ss"):
         setattr(sregs, name, v.kvm_segment(selector=16, type=3, db=1, **flat))
+    sregs.idt.limit = 0
     sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = 0x80050033, 0x8000, 0x620, 0xD01
     vcpu.set_regs(regs)
     vcpu.set_sregs(sregs)

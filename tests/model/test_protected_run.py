@@ -1,5 +1,5 @@
-"""An SEV-ES vCPU beyond its registers: KVM_RUN, which the model refuses as a processor refuses a VMSA; events; INIT and SIPI; a
-move to another VM.
+"""An SEV-ES vCPU beyond its registers: what KVM_RUN takes, and says to a VMSA that was not launched; events; INIT and SIPI; a
+move to another VM. What the guest does when it runs is in test_sev_es_guest.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 from kvmapi.abi import caps, kvm, sev
 from kvmapi.abi import vcpu as v
 from kvmapi.errors import KvmError
-from kvmapi.exits import FailEntry
+from kvmapi.exits import FailEntry, Intr
 from kvmapi.model import vmsa as model_vmsa
 from kvmapi.model.host import ModelHost
 from kvmapi.model.platform import Platform
@@ -33,12 +33,9 @@ def host() -> ModelHost:
 
 # ---- KVM_RUN
 @BOTH
-@pytest.mark.parametrize("launched", [False, True])
-def test_an_sev_es_guest_is_not_entered(host: ModelHost, type: int, launched: bool) -> None:
+def test_a_vmsa_that_was_not_launched_is_not_entered(host: ModelHost, type: int) -> None:
     with EsGuest(host, type) as guest:
-        if launched:
-            guest.launch()
-            measure(guest)
+        measure(guest)
         assert guest.run() == FailEntry((1 << 64) - 1, 0)
         run = guest.vcpu.kvm_run
         assert (run.if_flag, run.ready_for_interrupt_injection, run.apic_base) == (0, 0, 0xFEE00900)
@@ -55,18 +52,17 @@ def test_immediate_exit_comes_first(host: ModelHost, type: int) -> None:
         assert not guest.file().entered
 
 
-def test_interrupts_were_never_on(host: ModelHost) -> None:
-    """The guest's RFLAGS are not KVM's to see: IF is taken as clear."""
+def test_interrupts_were_not_on_yet(host: ModelHost) -> None:
+    """The processor tells KVM of IF when it has run the guest."""
     with EsGuest(host) as guest:
         guest.regs(rflags=0x202)
         guest.launch()
-        guest.run()
-        assert guest.vcpu.kvm_run.if_flag == 0
+        guest.vcpu.request_exit()
+        assert guest.run() == Intr() and guest.vcpu.kvm_run.if_flag == 0
 
 
 def test_cpuid_is_fixed_by_the_attempt(host: ModelHost) -> None:
     with EsGuest(host) as guest:
-        guest.launch()
         rows = guest.system.supported_cpuid()
         guest.vcpu.set_cpuid2(rows)
         guest.run()
@@ -84,7 +80,8 @@ def test_type_3_has_no_registers_in_kvm_run(host: ModelHost, field: str, launche
         setattr(guest.vcpu.kvm_run, field, kvm.KVM_SYNC_X86_REGS)
         assert raw(guest.vcpu, ioctls.KVM_RUN, 0) == EINVAL
         setattr(guest.vcpu.kvm_run, field, 0)
-        assert isinstance(guest.run(), FailEntry)
+        guest.vcpu.request_exit()
+        assert guest.run() == Intr()
 
 
 def test_the_legacy_type_takes_registers_from_kvm_run_and_gives_none(host: ModelHost) -> None:
@@ -97,7 +94,8 @@ def test_the_legacy_type_takes_registers_from_kvm_run_and_gives_none(host: Model
         run.s.regs.sregs = guest.vcpu.get_sregs()
         run.s.regs.sregs.cr3, run.s.regs.sregs.cr4, run.s.regs.sregs.cr8 = 0x9000, 0x20, 3
         run.kvm_dirty_regs, run.kvm_valid_regs = kvm.KVM_SYNC_X86_REGS | kvm.KVM_SYNC_X86_SREGS, 7
-        assert isinstance(guest.run(), FailEntry)
+        guest.vcpu.request_exit()
+        assert guest.run() == Intr()
         assert run.kvm_dirty_regs == 0 and (guest.vcpu.get_regs().rax, guest.vcpu.get_regs().rip) == (0x55, 0x7000)
         assert bytes(run.s.regs.regs) == bytes(v.kvm_regs(rax=0x55, rip=0x7000, rflags=2)), "as user space left it"
         assert run.s.regs.sregs.cr3 == 0x9000, "nothing is given back"

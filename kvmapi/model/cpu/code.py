@@ -37,6 +37,10 @@ _MAX_HOOKS = 20_000  # a guest that executes everywhere costs a flush, not memor
 _TAIL = scan.MAX_LENGTH - 1
 
 
+Finder = Callable[[bytes | bytearray, int, int, dict[int, Site]], None]
+"""Like hazards.find, adding to the sites that it is given."""
+
+
 class Retranslate(Exception):
     """Blocks that are translated already must not run: throw them away and start again. From inside the engine."""
 
@@ -46,14 +50,30 @@ class CodePage:
     may start, in code of any width; `watches` those at which only IF, or the end of an NMI handler, is at stake.
     """
 
-    __slots__ = ("_bounds", "_flags", "cuts", "fatal", "pointer", "secret", "seen", "sites", "stamp", "stops", "tail", "view", "watches")
+    __slots__ = (
+        "_bounds",
+        "_flags",
+        "_more",
+        "cuts",
+        "fatal",
+        "pointer",
+        "secret",
+        "seen",
+        "sites",
+        "stamp",
+        "stops",
+        "tail",
+        "view",
+        "watches",
+    )
 
-    def __init__(self, va: int, pointer: int, tail: bytes, secret: bool, flags: bool) -> None:
+    def __init__(self, va: int, pointer: int, tail: bytes, secret: bool, flags: bool, more: Finder | None = None) -> None:
         self.pointer = pointer
         self.secret = secret
         self.view = page_view(pointer)
         self.tail = tail
         self._flags = flags
+        self._more = more
         self.sites: dict[int, dict[int, Site]] = {}  # by width of code and offset
         self.fatal: set[int] = set()  # addresses that the engine must not translate
         self.cuts: set[int] = set()  # addresses at which a block must end
@@ -70,6 +90,8 @@ class CodePage:
             target[:PAGE] = self.view
             target[PAGE:] = self.tail
         found = self.sites[bits] = hazards.find(copy, PAGE, bits, self._flags)
+        if self._more is not None:
+            self._more(copy, PAGE, bits, found)
         self.fatal.update(va + at for at in hazards.fatal(copy, PAGE))
         if self._bounds is None:
             self._bounds = blocks.count(copy)
@@ -103,6 +125,7 @@ class CodeCache:
     def __init__(self, native: Native, watching: ctypes.Array[ctypes.c_uint32], read: Callable[[int, int], bytes]) -> None:
         self.secret = False  # pages are plaintext of an encrypted guest: keep checksums of them, no copies
         self.watch_flags = False  # instructions that change IF, or end an NMI handler, can stop the engine too; flush after a change
+        self.more: Finder | None = None  # adds what must stop the engine in this kind of guest only; flush after a change
         self.breakpoints: frozenset[int] = frozenset()  # addresses at which user space wants a stop; flush after a change
         self._native = native
         self._watching = watching
@@ -128,7 +151,7 @@ class CodeCache:
             tail = b""
             with contextlib.suppress(Exception):  # the next page may be anything: then no instruction continues there
                 tail = self._read(va + PAGE, _TAIL)
-            page = self._pages[va] = CodePage(va, pointer, tail, self.secret, self.watch_flags)
+            page = self._pages[va] = CodePage(va, pointer, tail, self.secret, self.watch_flags, self.more)
             if pointer not in self.pointers:
                 self.pointers[pointer] = set()
                 self._store_hooks.append(self._native.hook_stores_at(address))
@@ -142,7 +165,7 @@ class CodeCache:
         before = self._pages.get(va - PAGE)
         if before is not None and before.tail != page.head():
             # An instruction may reach from the page before into this one, and was scanned without it.
-            self._pages[va - PAGE] = again = CodePage(va - PAGE, before.pointer, page.head(), self.secret, self.watch_flags)
+            self._pages[va - PAGE] = again = CodePage(va - PAGE, before.pointer, page.head(), self.secret, self.watch_flags, self.more)
             if again.stops - before.stops or again.watches - before.watches or again.exits() - before.exits():
                 self._hook(va - PAGE, again)
                 self.stale = True

@@ -41,6 +41,7 @@ from kvmapi.model.mem.physical import EncryptedPhysical, Physical, Refused
 from kvmapi.model.runpage import IMMEDIATE_EXIT, RunPage
 
 if TYPE_CHECKING:
+    from kvmapi.model.ghcb.intercepts import Intercepts
     from kvmapi.model.irq.lapic import Lapic
 
 _RIP, _HFLAGS = layout.EIP >> 3, layout.HFLAGS >> 2  # indices for the hot path
@@ -79,6 +80,7 @@ class Cpu:
         self.exceptions = Exceptions(self)
         self.raise_in_guest, self.internal_error = self.exceptions.raise_in_guest, self.exceptions.internal_error
         self.refuses_entry = False  # a state that the processor does not enter the guest with
+        self.intercepts: Intercepts | None = None  # of an SEV-ES guest: what raises #VC in it
         self.attention = False  # events or debugging want a look before the guest is entered
         self.lapic: Lapic | None = None  # where KVM_CREATE_IRQCHIP made controllers
         self._policy = policy

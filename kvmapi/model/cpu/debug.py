@@ -232,7 +232,11 @@ class GuestDebug:
 
     def sensitive(self) -> scan.Site | None:
         """The instruction at RIP if it is one that the engine must not execute."""
-        return hazards.find(self._cpu.code_here(), 1, self._cpu.registers.code_bits).get(0)
+        code, bits, more = self._cpu.code_here(), self._cpu.registers.code_bits, self._cpu.code.more
+        sites = hazards.find(code, 1, bits)
+        if more is not None:
+            more(code, 1, bits, sites)
+        return sites.get(0)
 
     def _accessed(self, _uc: int, kind: int, where: int, size: int, _value: int, _data: int) -> None:
         store = kind == uc.UC_MEM_WRITE

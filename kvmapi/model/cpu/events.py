@@ -49,6 +49,7 @@ class Events:
         self.nmi_masked = False
         self.nmi_injected = False  # in delivery already: a mask does not hold it back
         self.window_wanted = False
+        self.iret_unmasks = True  # IRET ends an NMI handler; an SEV-ES guest says by itself when it is over
 
     # ---- from user space
     def pack(self) -> bytes:
@@ -166,7 +167,7 @@ class Events:
                 return result
         if self.window_wanted and self.takes_interrupts():
             return cpu.page.head(kvm.KVM_EXIT_IRQ_WINDOW_OPEN)
-        waits = self.window_wanted or self.nmi_masked or self._apic_waits()
+        waits = self.window_wanted or (self.nmi_masked and self.iret_unmasks) or self._apic_waits()
         self._watch(waits)
         cpu.attention = waits
         return None
@@ -212,7 +213,7 @@ class Events:
         was_iret = site.kind == "iret"
         before = cpu.registers.rip
         result = cpu.after_step(cpu.step(flush=False))
-        if result is None and was_iret and cpu.registers.rip != before:
+        if result is None and was_iret and self.iret_unmasks and cpu.registers.rip != before:
             self.nmi_masked = False
         cpu.attention = True
         return result

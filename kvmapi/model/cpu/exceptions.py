@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvmapi.model.cpu.cpu import Cpu
 
 _UD = 6
+_EXIT_NPF, _NPF_USER = 0x400, 1 << 32 | 1 << 2  # the exit that KVM reports a failed delivery with, and its first information
 _CLAC, _STAC, _RDPMC = b"\x0f\x01\xca", b"\x0f\x01\xcb", b"\x0f\x33"
 _HYPERCALLS = (b"\x0f\x01\xc1", b"\x0f\x01\xd9")  # vmcall, vmmcall: KVM accepts either (it patches the wrong one)
 
@@ -42,6 +43,10 @@ class Exceptions:
             return cpu.debug.int3()
         if vector == DB_VECTOR and cpu.debug.catches_db:
             return cpu.debug.trapped()
+        if cpu.intercepts is not None and not software:
+            exit_code = cpu.intercepts.exception(vector)
+            if exit_code is not None:
+                return cpu.intercepts.raise_vc(exit_code)
         return self.raise_in_guest(vector, error & 0xFFFF, software=software)
 
     def invalid_opcode(self) -> int | None:
@@ -52,6 +57,12 @@ class Exceptions:
             registers.rip, registers.u32[is_int >> 2] = registers.u64[is_int + 4 >> 3], 0
             return self.raise_in_guest(_UD, None, software=True)
         code = cpu.code.bytes_at(registers.linear_rip, 4)
+        if cpu.intercepts is not None:
+            try:
+                result = cpu.intercepts.invalid_opcode(code)
+            except Fault as why:
+                return self.raise_in_guest(why.vector, why.error)
+            return result
         if code[:3] in (_CLAC, _STAC) and cpu.cpuid.cr4_valid & CR4_SMAP and not registers.cpl:
             registers.set_flags(cpu.native.flags() & ~RFLAGS_AC | (RFLAGS_AC if code[:3] == _STAC else 0))
             cpu.privileged.advance(3)
@@ -81,9 +92,11 @@ class Exceptions:
         except inject.TripleFault:
             return cpu.page.head(kvm.KVM_EXIT_SHUTDOWN)
         except Refused as why:
+            if why.kind == "mmio" and cpu.intercepts is not None:  # it would be #VC, which cannot be delivered any better
+                return cpu.page.head(kvm.KVM_EXIT_SHUTDOWN)
             if why.kind == "mmio":
                 cpu.reason = f"vector {vector} cannot be delivered: a table or stack lies outside memory at {why.gpa:#x}"
-                return cpu.page.internal_error(kvm.KVM_INTERNAL_ERROR_DELIVERY_EV, 1 << 31 | 3 << 8 | vector, 0, 0, why.gpa)
+                return cpu.page.internal_error(kvm.KVM_INTERNAL_ERROR_DELIVERY_EV, why.gpa, _EXIT_NPF, _NPF_USER, why.gpa, 0)
             return cpu.refusals.result(why)
         except inject.UnsupportedDelivery as why:
             return self.internal_error(f"the model has no {why}")

@@ -66,7 +66,7 @@ def find(code: bytes | bytearray, usable: int, bits: int, flags: bool = False) -
     return sites
 
 
-def _starts(code: bytes | bytearray, opcode_at: int, usable: int, bits: int) -> Iterator[int]:
+def starts(code: bytes | bytearray, opcode_at: int, usable: int, bits: int) -> Iterator[int]:
     """Where the instruction may start whose opcode stands at `opcode_at`: there, and at each prefix before it."""
     prefixes, start = LEGACY | REX if bits == 64 else LEGACY, opcode_at
     while True:
@@ -83,7 +83,7 @@ def _find_vex(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, 
     and LDS before an operand in memory.
     """
     for match in (_VEX_64 if bits == 64 else _VEX).finditer(code):
-        for start in _starts(code, match.start(), usable, bits):
+        for start in starts(code, match.start(), usable, bits):
             sites[start] = Site("undefined", 1)
 
 
@@ -93,7 +93,7 @@ def _find_lazy(code: bytes | bytearray, usable: int, bits: int, sites: dict[int,
     instruction's helper relies on it.
     """
     for match in _WIDE_EXCHANGE.finditer(code):
-        for start in _starts(code, match.start(), usable, bits):
+        for start in starts(code, match.start(), usable, bits):
             sites.setdefault(start, Site("lazy", match.end() - start))
 
 
@@ -104,7 +104,7 @@ def _find_horizontal(code: bytes | bytearray, usable: int, bits: int, sites: dic
     for match in _HORIZONTAL.finditer(code):
         at = match.start()
         rex = code[at - 1] if bits == 64 and at and code[at - 1] in REX else 0
-        for start in _starts(code, at, usable, bits):
+        for start in starts(code, at, usable, bits):
             counts = rex if start < at else 0
             wide = 0x66 in code[start:at]
             if not wide or (counts >> 2 ^ counts) & 1 == 0:
@@ -117,7 +117,7 @@ def _find_loops(code: bytes | bytearray, usable: int, bits: int, sites: dict[int
     instructions.
     """
     for match in _LOOP_WHILE.finditer(code):
-        for start in _starts(code, match.start(), usable, bits):
+        for start in starts(code, match.start(), usable, bits):
             sites.setdefault(start, Site("alone", match.end() - start))
 
 
@@ -128,7 +128,7 @@ def _find_explicit_lengths(code: bytes | bytearray, usable: int, bits: int, site
     for match in _EXPLICIT_LENGTH.finditer(code):
         opcode_at = match.start()
         size = 8 if bits == 64 and opcode_at and code[opcode_at - 1] in REX_W else 4
-        for start in _starts(code, opcode_at, usable, bits):
+        for start in starts(code, opcode_at, usable, bits):
             sites[start] = Site("pcmpestr", match.end() + 2 - start, size)
 
 
@@ -137,7 +137,7 @@ def _find_wild_mmx(code: bytes | bytearray, usable: int, sites: dict[int, Site])
     as the number of a register behind the eighth, and overwrites its own state. No compiler writes them: #UD.
     """
     for match in _WILD_MMX.finditer(code):
-        for start in _starts(code, match.start(), usable, 64):
+        for start in starts(code, match.start(), usable, 64):
             if 0x66 in code[start : match.start()]:
                 break
             sites[start] = Site("undefined", 1)
@@ -150,7 +150,7 @@ def _find_locked(code: bytes | bytearray, usable: int, bits: int, sites: dict[in
     at = code.find(LOCK)
     while at >= 0:
         if not _lockable(code, at + 1, bits):
-            for start in _starts(code, at, usable, bits):
+            for start in starts(code, at, usable, bits):
                 sites[start] = Site("undefined", 1, fatal=aborts(code, start, bits))
         at = code.find(LOCK, at + 1)
 

@@ -7,6 +7,7 @@ Source: Documentation/virt/kvm/x86/hypercalls.rst; kvm_emulate_hypercall in arch
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import kvm
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from kvmapi.model.cpu.cpu import Cpu
     from kvmapi.model.cpu.privileged import ExitPolicy
 
-RAX, RCX, RDX, RBX = range(4)
+RAX, RCX, RDX, RBX, _, _, RSI = range(7)
 _U64 = 0xFFFFFFFFFFFFFFFF
 _ENOSYS = 1000  # KVM_ENOSYS
 
@@ -32,29 +33,40 @@ class Hypercalls:
         self._length = 0
 
     def execute(self, length: int) -> int | None:
-        """VMCALL or VMMCALL: KVM_HC_MAP_GPA_RANGE exits when enabled; everything else is answered here."""
+        """The instruction itself: KVM_RUN's result, or None when the guest goes on."""
         registers = self._registers
         long = registers.long_mode
-        mask = _U64 if long else 0xFFFFFFFF
-        number, gpa, pages, attributes = (registers.gpr(reg) & mask for reg in (RAX, RBX, RCX, RDX))
-        if registers.cpl:
-            self._result(-errno.EPERM, length)
-            return None
-        if number != kvm.KVM_HC_MAP_GPA_RANGE or not self._policy.hypercalls >> number & 1:
-            self._result(0 if number == kvm.KVM_HC_VAPIC_POLL_IRQ else -_ENOSYS, length)
-            return None
-        if gpa % PAGE or not pages or (gpa // PAGE) + pages > _U64:
-            self._result(-errno.EINVAL, length)
-            return None
         self._length = length
-        self._cpu.privileged.pending = self._done
+        if registers.cpl:
+            self._result(-errno.EPERM)
+            return None
+        mask = _U64 if long else 0xFFFFFFFF
+        number, gpa, pages, attributes, fourth = (registers.gpr(reg) & mask for reg in (RAX, RBX, RCX, RDX, RSI))
+        return self.ask(number, (gpa, pages, attributes, fourth), long, self._result)
+
+    def ask(self, number: int, arguments: tuple[int, int, int, int], long: bool, done: Callable[[int], None]) -> int | None:
+        """A hypercall of supervisor code, wherever its numbers came from. None: it is answered, `done` was called with the
+        result; else KVM_RUN's result, and `done` is called when user space comes back.
+        """
+        if number != kvm.KVM_HC_MAP_GPA_RANGE or not self._policy.hypercalls >> number & 1:
+            done(0 if number == kvm.KVM_HC_VAPIC_POLL_IRQ else -_ENOSYS)
+            return None
+        return self._map_gpa_range(*arguments[:3], long, done)
+
+    def _map_gpa_range(self, gpa: int, pages: int, attributes: int, long: bool, done: Callable[[int], None]) -> int | None:
+        if gpa % PAGE or not pages or (gpa // PAGE) + pages > _U64:
+            done(-errno.EINVAL)
+            return None
+        return self._exit(gpa, pages, attributes, long, done)
+
+    def _exit(self, gpa: int, pages: int, attributes: int, long: bool, done: Callable[[int], None]) -> int:
+        """Let user space do it; what it leaves in `ret` is the result."""
+        self._cpu.privileged.pending = lambda: done(self._page.read("<Q", 88))
         return self._page.payload(
-            kvm.KVM_EXIT_HYPERCALL, "<Q6QQQ", number, gpa, pages, attributes, 0, 0, 0, 0, kvm.KVM_EXIT_HYPERCALL_LONG_MODE if long else 0
-        )
+            kvm.KVM_EXIT_HYPERCALL, "<Q6QQQ", kvm.KVM_HC_MAP_GPA_RANGE, gpa, pages, attributes, 0, 0, 0, 0,
+            kvm.KVM_EXIT_HYPERCALL_LONG_MODE if long else 0,
+        )  # fmt: skip
 
-    def _done(self) -> None:
-        self._result(self._page.read("<Q", 88), self._length)
-
-    def _result(self, value: int, length: int) -> None:
+    def _result(self, value: int) -> None:
         self._registers.set_gpr(RAX, value & (_U64 if self._registers.long_mode else 0xFFFFFFFF))
-        self._cpu.privileged.advance(length)
+        self._cpu.privileged.advance(self._length)

@@ -94,6 +94,8 @@ class MmioUnit:
     def begin(self, why: Refused) -> int | None:
         """An access found no memory: KVM_RUN's result, or None when the guest goes on in a handler."""
         cpu = self._cpu
+        if cpu.intercepts is not None:
+            return cpu.intercepts.no_memory()
         if cpu.mmu.fetching:  # KVM's emulator does not fetch from MMIO
             return cpu.internal_error(f"instruction fetch from {why.gpa:#x}, where there is no memory")
         registers = cpu.registers

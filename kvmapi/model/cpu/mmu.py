@@ -296,4 +296,9 @@ class Mmu:
             if fault.vector == PF_VECTOR:
                 fault.address = va
             raise
-        return self.physical.page(gfn, encrypted, write), at, min(size, PAGE - at)
+        try:
+            return self.physical.page(gfn, encrypted, write), at, min(size, PAGE - at)
+        except Refused as why:
+            if why.kind == "mmio":
+                why.gpa = why.gpa & -PAGE | at  # a device's register, not its page
+            raise

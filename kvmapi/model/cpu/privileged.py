@@ -10,7 +10,7 @@ it emulates; an OUT is skipped only if user space left RIP alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,6 +84,10 @@ class Privileged:
             **{kind: functools.partial(execute, cpu) for kind, execute in hazards.INSTRUCTIONS.items()},
             **dict.fromkeys(WATCHED, self._flags_instruction),
         }
+
+    def replace(self, kinds: Mapping[str, Callable[[Site], int | None]]) -> None:
+        """Another kind of guest: these instructions do something else in it."""
+        self._kinds.update(kinds)
 
     def execute(self, site: Site) -> int | None:
         """One instruction found by the scan."""
@@ -277,13 +281,17 @@ class Privileged:
 
     def _cpuid(self, site: Site) -> None:
         registers = self._registers
-        leaf = registers.gpr(RAX) & 0xFFFFFFFF
-        eax, ebx, ecx, edx = self._cpu.cpuid.read(leaf, registers.gpr(RCX) & 0xFFFFFFFF)
-        if leaf == 1:
-            ecx = ecx & ~OSXSAVE | (OSXSAVE if registers.cr(4) & _CR4_OSXSAVE else 0)
-        for number, value in ((RAX, eax), (RBX, ebx), (RCX, ecx), (RDX, edx)):
+        values = self.cpuid(registers.gpr(RAX) & 0xFFFFFFFF, registers.gpr(RCX) & 0xFFFFFFFF)
+        for number, value in zip((RAX, RBX, RCX, RDX), values):
             self._set_gpr(number, value)
         self.advance(site.length)
+
+    def cpuid(self, leaf: int, index: int) -> tuple[int, int, int, int]:
+        """EAX, EBX, ECX and EDX of the guest's CPUID as they are now."""
+        eax, ebx, ecx, edx = self._cpu.cpuid.read(leaf, index)
+        if leaf == 1:
+            ecx = ecx & ~OSXSAVE | (OSXSAVE if self._registers.cr(4) & _CR4_OSXSAVE else 0)
+        return eax, ebx, ecx, edx
 
     def _rdmsr(self, site: Site) -> int | None:
         if self._registers.cpl:

@@ -92,13 +92,15 @@ class Refusals:
             return -12
         raise why
 
-    def result(self, why: Refused) -> int:
-        """The KVM_RUN result of an access that the backings refuse."""
+    def result(self, why: Refused) -> int | None:
+        """The KVM_RUN result of an access that the backings refuse; None when the guest goes on in a handler."""
         cpu = self._cpu
         if why.kind == "fault":
             cpu.page.memory_fault(why.gpa, why.private)
         elif why.kind == "hva":
             cpu.page.head(kvm.KVM_EXIT_UNKNOWN)
+        elif cpu.intercepts is not None:
+            return cpu.intercepts.no_memory()
         else:
             return cpu.internal_error(f"guest memory at {why.gpa:#x} is needed and is not there")
         return -why.number

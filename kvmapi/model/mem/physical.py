@@ -289,11 +289,19 @@ class EncryptedPhysical(Physical):
         self._check_caller(gfn, slot, write=not slot.readonly)
         if write and slot.dirty is not None:
             mark_dirty(slot, gfn)
-        frame = secure.frame(hva, self.memory.pointer(hva, PAGE), write)
+        return self._in_frame(secure, hva, self.memory.pointer(hva, PAGE), write)
+
+    def _in_frame(self, secure: SecureMemory, address: int, pointer: int, write: bool) -> tuple[Window, int, bool]:
+        """The decrypted page of `address`, which our process sees at `pointer`."""
+        frame = secure.frame(address, pointer, write)
         window = self.windows.get(id(secure))
         if window is None:
             window = self._add_window(secure, secure.arena.size, secure.arena.address)
         return window, frame.index * PAGE, write
+
+    def home(self, gfn: int, slot: Slot) -> int:
+        """The address that stands for the page's place in memory: its frame's key, and its tweak."""
+        return slot.hva_of(gfn)
 
     def store_word(self, gfn: int, encrypted: bool, index: int, value: int, wide: bool = True) -> None:
         secure, slot = self.secure, self.slots.find(gfn)
@@ -301,7 +309,7 @@ class EncryptedPhysical(Physical):
             super().store_word(gfn, encrypted, index, value, wide)
             return
         self.words(gfn, encrypted, wide)[index] = value  # not through a TLB: the frame is unsaved once, not for good
-        secure.mark_unsaved(slot.hva_of(gfn))
+        secure.mark_unsaved(self.home(gfn, slot))
         if slot.dirty is not None:
             mark_dirty(slot, gfn)
 
@@ -312,7 +320,7 @@ class EncryptedPhysical(Physical):
         """Translated blocks come from this page: when its frame is given up they must go too."""
         slot = self.slots.find(gfn)
         if self.secure is not None and slot is not None:
-            self.secure.mark_executed(slot.hva_of(gfn))
+            self.secure.mark_executed(self.home(gfn, slot))
 
     def enter(self) -> None:
         if self.secure is not None:

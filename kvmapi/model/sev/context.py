@@ -51,6 +51,7 @@ class SevContext:
         self.need_init = vm.type in SEV_TYPES  # KVM_RUN waits for INIT2; a MOVE does not lift this
         self.vmsa_features = 0
         self.ghcb_version = 0
+        self.ap_jump_table = 0  # a GPA that the guest's firmware leaves for its kernel
         self.asid = 0
         self.handle = 0
         self.fd = 0  # of /dev/sev, as the start found it

@@ -62,8 +62,9 @@ def _update_data(command: Command) -> None:
     context = command.guest_only()
     address, size = command.read(_RANGE)
     context.pins.check_range(address, size, command.caller)
+    pieces = context.vm.launch_pieces(address, size)
     with context.guest_memory():
-        command.issue(lambda guest: stream.update_data(guest, command.memory, address, size))
+        command.issue(lambda guest: stream.update_pieces(guest, address, size, pieces))
 
 
 # ---- LAUNCH_UPDATE_VMSA

@@ -10,19 +10,44 @@ KVM's command does when the firmware fails in the middle.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from kvmapi.model.mem.cipher import SLACK, UNIT
 
 if TYPE_CHECKING:
-    from kvmapi.model.caller import Memory
     from kvmapi.model.sev.guest import GuestContext
 
 _CHUNK = 256 * 1024  # a multiple of UNIT; two of them stay in the cache
 
 
-def update_data(guest: GuestContext, memory: Memory, address: int, size: int) -> None:
-    """LAUNCH_UPDATE_DATA of the caller's [address, address+size). Raises FirmwareError (state, alignment) before anything
+class Copies(Protocol):
+    """Memory that can be copied from and to; what `Memory` has."""
+
+    def write(self, address: int, data: bytes) -> None:
+        """Store all of `data`, or Errno(EFAULT)."""
+
+    def read_into(self, address: int, buffer: memoryview) -> None:
+        """Fill a buffer, or Errno(EFAULT)."""
+
+    def write_from(self, address: int, buffer: memoryview) -> None:
+        """Store a buffer, or Errno(EFAULT)."""
+
+
+Piece = tuple[Copies, int, int]
+"""Where a part of a range stands: in whose memory, address, bytes."""
+
+
+def update_pieces(guest: GuestContext, address: int, size: int, pieces: list[Piece]) -> None:
+    """LAUNCH_UPDATE_DATA of the caller's [address, address+size), which stands where the pieces say: in the caller's memory,
+    but for what a VM of an RFC dialect keeps elsewhere. Raises as `update_data`.
+    """
+    guest.check_update(address, size)
+    for memory, at, length in pieces:
+        update_data(guest, memory, at, length)
+
+
+def update_data(guest: GuestContext, memory: Copies, address: int, size: int) -> None:
+    """LAUNCH_UPDATE_DATA of [address, address+size) of a memory. Raises FirmwareError (state, alignment) before anything
     changes, or Errno(EFAULT).
     """
     guest.check_update(address, size)
