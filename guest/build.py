@@ -5,6 +5,8 @@
    them. A hit with another compiler is no hit; but where there is no compiler at all, any ELF of the key will do.
 3. A build happens in a folder of its own and is renamed into place, so that two processes may build at once and nobody
    ever sees half a file. Both write the same bytes: no build id, no time, no path of this machine is in them.
+4. A guest may also be a C text that is in no file (`build_text`): the text is put into the cache under its own hash. Tests have
+   many of these, so the library's objects are kept for them, and such a build compiles one file.
 
 The cache is $XDG_CACHE_HOME/sevmm/guests, or ~/.cache/sevmm/guests; nothing is written beside the sources, which may lie
 in a read-only site-packages. It is never cleaned here: a guest is some 70 KiB, and removing the folder costs a rebuild.
@@ -12,6 +14,7 @@ in a read-only site-packages. It is never cleaned here: a guest is some 70 KiB, 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import pathlib
@@ -35,6 +38,7 @@ LDFLAGS = [
     "-m", "elf_x86_64", "-nostdlib", "-static", "-no-pie", "--build-id=none", "-z", "max-page-size=0x1000",
     "-z", "noexecstack", "--fatal-warnings",
 ]
+TEXT_CFLAGS = [*CFLAGS, "-Wno-unused-parameter"]  # a test's guest_main() rarely needs both
 # A Multiboot image begins in 32-bit protected mode and relies on nothing of ours.
 CFLAGS_32 = [flag for flag in CFLAGS if flag not in ("-mcmodel=small", "-mno-red-zone")] + ["-m32"]
 LDFLAGS_32 = ["elf_i386" if flag == "elf_x86_64" else flag for flag in LDFLAGS]
@@ -81,8 +85,12 @@ def recipe(guest: catalogue.Guest) -> Recipe:
     if guest.protocol == "multiboot":
         script = guest.source.with_suffix(".ld")
         return Recipe([script, guest.source.with_name(f"{guest.source.stem}_start.S"), guest.source], script, CFLAGS_32, LDFLAGS_32)
+    return _with_library(guest.source)
+
+
+def _with_library(source: pathlib.Path) -> Recipe:
     library = sorted(path for path in LIBRARY.iterdir() if path.suffix in (".c", ".S", ".h", ".ld"))
-    return Recipe([*library, guest.source], LIBRARY / "guest.ld", CFLAGS, LDFLAGS)
+    return Recipe([*library, source], LIBRARY / "guest.ld", CFLAGS, LDFLAGS)
 
 
 def build(name: str) -> pathlib.Path:
@@ -93,7 +101,58 @@ def build(name: str) -> pathlib.Path:
         >>> build("hello").name
         'hello.elf'
     """
-    how = recipe(catalogue.find(name))
+    return _built(name, recipe(catalogue.find(name)))
+
+
+def build_text(text: str, name: str = "guest") -> pathlib.Path:
+    """The ELF file of a guest of our contract whose program is the C text `text`, built now or before.
+
+    The compiler's messages and `__FILE__` call it `NAME.c`. Raises ValueError (a name that is no word), ToolMissing, BuildError.
+
+        >>> build_text('#include "guest.h"\nunsigned guest_main(const struct boot_info *b, unsigned v) { return !b + v; }').name
+        'guest.elf'
+    """
+    if not name.isidentifier():
+        raise ValueError(f"{name!r} is no name for a guest: letters, digits and underscores")
+    data = f'#line 1 "{name}.c"\n{text}'.encode()
+    source = cache_folder() / "text" / hashlib.sha256(data).hexdigest()[:24] / f"{name}.c"
+    try:
+        if not source.exists():
+            _write(source, data)
+        return _built(name, _with_library(source)._replace(cflags=TEXT_CFLAGS))
+    except OSError as error:
+        raise BuildError(name, f"cannot write {source}: {error.strerror or error}") from error
+
+
+def _write(path: pathlib.Path, data: bytes) -> None:
+    """Put a file into the cache as a whole: another process may be at the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".text-", dir=path.parent) as scratch:
+        new = pathlib.Path(scratch) / path.name
+        new.write_bytes(data)
+        os.replace(new, path)
+
+
+def _library_objects(name: str, gcc: str) -> list[pathlib.Path]:
+    """The library's objects in the cache, compiled now or before."""
+    sources = sorted(path for path in LIBRARY.iterdir() if path.suffix in (".c", ".S", ".h"))
+    folder = cache_folder() / "lib" / _key(Recipe(sources, LIBRARY / "guest.ld", CFLAGS, [])) / _identity(gcc)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".lib-", dir=folder.parent) as scratch:
+            objects = pathlib.Path(scratch) / "objects"
+            objects.mkdir()
+            _compile(name, gcc, CFLAGS, [path for path in sources if path.suffix != ".h"], objects)
+            try:
+                objects.rename(folder)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process was first
+                    raise
+    return sorted(folder.glob("*.o"))
+
+
+def _built(name: str, how: Recipe) -> pathlib.Path:
+    """The ELF file of `how` in the cache, which may have to be built first."""
     folder = cache_folder() / _key(how)
     tools = Tools(_find(COMPILERS), _find(LINKERS))
     if tools.gcc is None or tools.ld is None:
@@ -105,6 +164,10 @@ def build(name: str) -> pathlib.Path:
     if not target.exists():
         _build(name, how, tools.gcc, tools.ld, target)
     return target
+
+
+def _is_text(source: pathlib.Path) -> bool:
+    return HERE not in source.parents
 
 
 def cache_folder() -> pathlib.Path:
@@ -144,17 +207,26 @@ def _any_build(folder: pathlib.Path, name: str) -> pathlib.Path | None:
 
 def _build(name: str, how: Recipe, gcc: str, ld: str, target: pathlib.Path) -> None:
     sources = [path for path in how.sources if path.suffix in (".c", ".S")]
+    library: list[pathlib.Path] = []
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        if _is_text(sources[-1]):
+            sources, library = sources[-1:], _library_objects(name, gcc)
         with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as scratch:
-            # Debug information names sources relative to the package, whatever folder it was installed or built in.
-            maps = [f"-ffile-prefix-map={HERE}=guest", f"-fdebug-prefix-map={scratch}=."]
-            _call(name, [gcc, *how.cflags, *maps, f"-I{LIBRARY}", "-c", *map(str, sources)], scratch)
-            objects = [f"{path.stem}.o" for path in sources]
+            _compile(name, gcc, how.cflags, sources, pathlib.Path(scratch))
+            objects = [*map(str, library), *(f"{path.stem}.o" for path in sources)]
             _call(name, [ld, *how.ldflags, "-T", str(how.script), "-o", "guest.elf", *objects], scratch)
             os.replace(os.path.join(scratch, "guest.elf"), target)
     except OSError as error:
         raise BuildError(name, f"cannot build in {target.parent}: {error.strerror or error}") from error
+
+
+def _compile(name: str, gcc: str, cflags: list[str], sources: list[pathlib.Path], folder: pathlib.Path) -> None:
+    """Compile `sources` into objects in `folder`."""
+    # Debug information names sources relative to the package (a text: by itself), whatever folder it was installed or built in.
+    places = {HERE: "guest", folder: ".", **{path.parent: "." for path in sources if _is_text(path)}}
+    maps = [f"-ffile-prefix-map={place}={name}" for place, name in places.items()]
+    _call(name, [gcc, *cflags, *maps, f"-I{LIBRARY}", "-c", *map(str, sources)], str(folder))
 
 
 def _call(name: str, command: list[str], folder: str) -> None:

@@ -1,7 +1,7 @@
 """The bundled guests, one row each: name, the property it proves, and what it needs from a VMM.
 
-The order of `types` is the order of preference. Nothing here is for SEV-ES: there every exit of these programs is a #VC
-exception, and none of them carries a GHCB.
+The first of `types` is what a guest runs on where nobody names a type. On SEV-ES every exit of these programs is a #VC
+exception, which the guest library turns into a question to the host (guest/lib/vc.c): the programs are the same.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ class Guest:
     PRIVATE attribute but no guest_memfd behind it, so that the first touch of each page is a memory fault exit.
     `protocol` says which contract the image follows: "sevmm" (docs/seams.md, section 4) or "multiboot", which has a linker script
     and start-up code of its own beside its source.
+    `irqchip` asks for interrupt controllers in the kernel, with which vCPUs other than 0 wait for a startup IPI.
     `takes_secret` marks guests that look at the secret page; without a secret they fail.
     `sample` marks guests that do not pass by design (they never end, or die) and exist for tests of the VMM.
 
         >>> find("private-memory").types
-        ('sev', 'sw-protected')
+        ('sev', 'sev-es', 'sw-protected')
     """
 
     name: str
     proves: str
-    types: tuple[str, ...] = ("plain", "sw-protected", "sev")
+    types: tuple[str, ...] = ("plain", "sw-protected", "sev", "sev-es")
     needs: frozenset[str] = frozenset()
     lazy_private: bool = False
     takes_secret: bool = False
+    irqchip: bool = False
     sample: bool = False
     protocol: str = "sevmm"
 
@@ -48,7 +50,7 @@ GUESTS: tuple[Guest, ...] = (
     Guest(
         "convert",
         "explicit conversions in both directions, of 4 KiB up to 2 MiB, leave the contents that the VM type promises",
-        types=("sw-protected", "sev", "plain"),
+        types=("sw-protected", "sev", "sev-es", "plain"),
         needs=frozenset({"hypercall"}),
     ),
     Guest(
@@ -60,7 +62,7 @@ GUESTS: tuple[Guest, ...] = (
     Guest(
         "private-memory",
         "what the guest writes into private memory stays as written and is not seen through a shared mapping",
-        types=("sev", "sw-protected"),
+        types=("sev", "sev-es", "sw-protected"),
         needs=frozenset({"hypercall"}),
     ),
     Guest(
@@ -72,8 +74,14 @@ GUESTS: tuple[Guest, ...] = (
     Guest(
         "secret",
         "a secret that its owner sealed after the measurement arrives in private memory, and the guest proves it without showing it",
-        types=("sev",),
+        types=("sev", "sev-es"),
         takes_secret=True,
+    ),
+    Guest(
+        "ap-start",
+        "the first startup IPI runs a vCPU as it was measured, and a later one ends its reset hold (with --vcpus 2 or more)",
+        types=("sev-es",),
+        irqchip=True,
     ),
     Guest("spin", "a guest that never ends can be stopped", sample=True),
     Guest("crash", "an exception nobody expects ends the guest with one line and exit code 0x7f", sample=True),

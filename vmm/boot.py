@@ -4,11 +4,13 @@ Everything is computed as bytes by GPA and as register values; nothing here touc
 measured and tested.
 
     0x01000 GDT   0x02000 IDT   0x04000 boot info   0x05000 shared page   0x06000 secret page   0x08000.. page tables
-    0x40000 + 8 KiB * vCPU stacks   0xC0000 + 128 * vCPU TSS   0x100000.. image   0x800000 test area   0xD0000000 hole
+    0x40000 + 8 KiB * vCPU stacks   0xC0000 + 128 * vCPU TSS   0x100000.. image   0x400000 + 4 KiB * vCPU GHCB   0x800000 test area
+    0xD0000000 hole
 
 Invariants: the identity map covers all memory and the hole, page 0 is absent; on a guest with a C-bit, every entry has it (tables are
-encrypted like everything else) except the leaves of what is shared: the shared page, the test area at the start, the hole. CR3 has no
-C-bit: page-table walks of a SEV guest are private whatever it says (AMD APM volume 2, 15.34.5), and kernel selftests do the same.
+encrypted like everything else) except the leaves of what is shared: the shared page, the GHCBs of SEV-ES, the test area at the start,
+the hole. CR3 has no C-bit: page-table walks of a SEV guest are private whatever it says (AMD APM volume 2, 15.34.5), and kernel
+selftests do the same.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ LARGE = 0x200000
 GDT, IDT, BOOT_INFO, SHARED_PAGE, SECRET_PAGE, TABLES = 0x1000, 0x2000, 0x4000, 0x5000, 0x6000, 0x8000
 STACKS, STACK_SIZE = 0x40000, 0x2000
 TSS, TSS_STRIDE, TSS_LIMIT = 0xC0000, 128, 0x67
+GHCBS = 0x400000
+"""Of an SEV-ES guest: one page for each vCPU, through which it talks to the host."""
+
 TEST_AREA, TEST_SIZE = 0x800000, 0x800000
 SMALL_PAGES_END = 0x1000000
 """Below this GPA the identity map uses 4 KiB pages, so that a guest can change the C-bit of one page."""
@@ -43,6 +48,9 @@ MAX_MEMORY = LOW_MEMORY_MAX + (((STACKS - TABLES) // PAGE - 14) << 30)
 SECRET_MAGIC = b"SEVMMSEC"
 MAX_SECRET = PAGE - 16
 """Bytes of a secret: the secret page holds magic and length before it."""
+
+SEV_ES = 3
+"""The VM type whose guests have GHCBs (KVM_X86_SEV_ES_VM)."""
 
 MSR = 0x40000ABC
 MAX_ARGUMENTS = 1023
@@ -65,13 +73,24 @@ class BootInfo:
     features: int
     arguments: bytes = b""
 
+    @property
+    def ghcbs(self) -> range:
+        """GPAs of the GHCB pages, one per vCPU; empty but for SEV-ES."""
+        return ghcb_pages(self.vm_type, self.vcpus)
+
     def page(self) -> bytes:
         """The page as the guest reads it."""
         words = (self.vm_type, self.c_mask, self.memory_size, self.vcpus, TABLES, SHARED_PAGE, TEST_AREA, TEST_SIZE, HOLE, self.features)
         page = bytearray(PAGE)
-        struct.pack_into("<8s11Q", page, 0, b"SEVMMBI1", *words, MSR if self.features & FEATURE_MSR else 0)
+        last = (MSR if self.features & FEATURE_MSR else 0, GHCBS if self.ghcbs else 0)
+        struct.pack_into("<8s12Q", page, 0, b"SEVMMBI1", *words, *last)
         page[256 : 256 + len(self.arguments)] = self.arguments
         return bytes(page)
+
+
+def ghcb_pages(vm_type: int, vcpus: int) -> range:
+    """GPAs of the GHCB pages of a VM of this type; they are shared from the start and not measured."""
+    return range(GHCBS, GHCBS + PAGE * vcpus, PAGE) if vm_type == SEV_ES else range(0)
 
 
 def secret_page(secret: bytes | bytearray) -> bytearray:
@@ -99,7 +118,7 @@ def pages(info: BootInfo, symbols: Mapping[str, int]) -> dict[int, bytes]:
         (GDT, gdt(info.vcpus)),
         (IDT, idt(symbols.get("vector_stubs"))),
         (BOOT_INFO, info.page()),
-        (TABLES, page_tables(info.memory_size, info.c_mask)),
+        (TABLES, page_tables(info.memory_size, info.c_mask, info.ghcbs)),
         (STACKS, bytes(STACK_SIZE * info.vcpus)),
         (TSS, task_states(info.vcpus)),
     ):
@@ -171,8 +190,11 @@ def stack_top(vcpu: int) -> int:
     return STACKS + STACK_SIZE * (vcpu + 1)
 
 
-def page_tables(memory_size: int, c_mask: int) -> bytes:
-    """The identity map, as the bytes from `TABLES` on: PML4, PDPT, eight page tables, then one page directory per GiB in use."""
+def page_tables(memory_size: int, c_mask: int, ghcbs: range = range(0)) -> bytes:
+    """The identity map, as the bytes from `TABLES` on: PML4, PDPT, eight page tables, then one page directory per GiB in use.
+
+    `ghcbs`: pages that are mapped without the C-bit, as the shared page and the test area are.
+    """
     small = SMALL_PAGES_END // LARGE
     directories = sorted({gpa >> 30 for gpa, size in memory_layout(memory_size) for gpa in range(gpa, gpa + size, 1 << 30)} | {HOLE >> 30})
     number = {gib: 2 + small + index for index, gib in enumerate(directories)}
@@ -192,7 +214,7 @@ def page_tables(memory_size: int, c_mask: int) -> bytes:
         tables[number[0]][table] = entry(2 + table)
         for index in range(512):
             gpa = table * LARGE + index * PAGE
-            shared = gpa == SHARED_PAGE or TEST_AREA <= gpa < TEST_AREA + TEST_SIZE
+            shared = gpa == SHARED_PAGE or TEST_AREA <= gpa < TEST_AREA + TEST_SIZE or gpa in ghcbs
             tables[2 + table][index] = gpa | _LEAF | (0 if shared else c_mask)
     tables[2][0] = 0  # a null pointer must fault
     return b"".join(struct.pack("<512Q", *table) for table in tables)

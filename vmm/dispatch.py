@@ -13,10 +13,25 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import kvm
-from kvmapi.exit_types import Exit, Hlt, Hypercall, InternalError, Io, MemoryFault, Mmio, Rdmsr, RunFailed, Shutdown, SystemEvent, Wrmsr
+from kvmapi.exit_types import (
+    ApResetHold,
+    Exit,
+    Hlt,
+    Hypercall,
+    InternalError,
+    Io,
+    MemoryFault,
+    Mmio,
+    Rdmsr,
+    RunFailed,
+    Shutdown,
+    SystemEvent,
+    Wrmsr,
+)
 from kvmapi.words import EHWPOISON
 from vmm.checks import BadRange, check_map_gpa_range, check_range
 from vmm.conversion import EXPLICIT, IMPLICIT, ConversionFailed, Converter
+from vmm.termination import termination
 
 if TYPE_CHECKING:
     from kvmapi.vcpu import Vcpu
@@ -65,8 +80,10 @@ class Dispatcher:
                 vcpu.answer_msr(value, error=not self.devices.msr.write(index, value))
             case Io():
                 self._io(vcpu, exit)
-            case Hlt():
+            case Hlt() | ApResetHold():  # without an interrupt controller nothing ends either
                 return False
+            case SystemEvent(type=kvm.KVM_SYSTEM_EVENT_SEV_TERM, data=(value, *_)):
+                raise Stop(f"vCPU {vcpu.id} {termination(value)}")
             case Shutdown():
                 raise Stop(f"vCPU {vcpu.id} shut down: a triple fault (an exception while it could not deliver one)")
             case InternalError():

@@ -10,7 +10,8 @@
 6. Before LAUNCH_FINISH, and only for a guest that matched: the owner's secret, sealed and put into the secret page (LAUNCH_SECRET).
 
 Measured is what the guest relies on: image with its zeroed .bss, tables, boot info, stacks, TSSs. Not measured, and therefore garbage to
-the guest until it writes it: the rest of private memory. Not measured and shared from the start: the shared page and the test area.
+the guest until it writes it: the rest of private memory. Not measured and shared from the start: the shared page, the test area, and
+the GHCB pages of an SEV-ES guest.
 
 The host could lie to all of this; the owner's protection is that it cannot make `match` true for other bytes without the owner's key.
 Here owner and host are one process: the keys live in one local variable of `run`, and the secret leaves it sealed.
@@ -147,9 +148,11 @@ def _give_secret(owner: OwnerSession, measured: Measured, memory: GuestMemory, s
     measured.secret(header, packet, memory.hva(boot.SECRET_PAGE, len(packet)))
 
 
-def mark_private(map: GpaMap, memory: GuestMemory) -> None:
-    """The map of a SEV guest at its start: all private, but the shared page and the test area."""
+def mark_private(map: GpaMap, memory: GuestMemory, ghcbs: range = range(0)) -> None:
+    """The map of a SEV guest at its start: all private, but the shared page, the test area, and `ghcbs` (GPAs of pages)."""
     for slot in memory.slots:
         map.set_range(slot.gpa, slot.size, private=True)
     map.set_range(boot.SHARED_PAGE, boot.PAGE, private=False)
     map.set_range(boot.TEST_AREA, boot.TEST_SIZE, private=False)
+    if ghcbs:
+        map.set_range(ghcbs.start, len(ghcbs) * boot.PAGE, private=False)

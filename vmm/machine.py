@@ -7,7 +7,7 @@ Why this order: INIT2 must precede vCPUs (arch/x86/kvm/svm/sev.c), CPUID precede
 memory is written before the launch because afterwards our own mapping of it shows ciphertext.
 
 What is private at the start differs by type and is true in both the map and the tables the guest gets: on SEV and SEV-ES everything
-but the shared page and the test area; on SW_PROTECTED nothing, because user space has no way to put an image into private memory
+but the shared page, the test area and the GHCBs; on SW_PROTECTED nothing, because user space has no way to put an image into private memory
 there; on plain nothing.
 
 Invariants: `Machine` either exists with everything built, or `build` raised and left nothing behind; `close` releases vCPUs, VM, memory,
@@ -36,6 +36,7 @@ from vmm.runloop import Handler, Outcome, RunLoop
 if TYPE_CHECKING:
     from kvmapi.abi.vcpu import kvm_cpuid_entry2
     from kvmapi.host import Host
+    from kvmapi.system import System
     from kvmapi.vcpu import Vcpu
     from kvmapi.vm import Vm
     from vmm.foreign import Pc
@@ -61,7 +62,9 @@ class MachineConfig:
     see `vmm.launch.Progress`.
 
     `hypercalls`: whether the host delivers MAP_GPA_RANGE exits when it offers them (see `vmm.probe`). `lazy_private`: give the test
-    area the PRIVATE attribute and no guest_memfd, so that its first touch is a memory fault (SW_PROTECTED only).
+    area the PRIVATE attribute and no guest_memfd, so that its first touch is a memory fault (SW_PROTECTED only). `irqchip`: interrupt
+    controllers in the kernel, with which vCPUs other than 0 wait for a startup IPI (SEV-ES only: on other types that IPI would start
+    them in real mode). `dialect`: the kernel's KVM is that of an RFC (`kvmapi.dialects`).
     """
 
     image: Image
@@ -73,6 +76,8 @@ class MachineConfig:
     arguments: bytes = b""
     hypercalls: bool = True
     lazy_private: bool = False
+    irqchip: bool = False
+    dialect: str = "mainline"
     console: Callable[[bytes], None] | None = None
     secret: bytes | bytearray | None = field(default=None, repr=False)
     record: bool = False
@@ -102,6 +107,8 @@ class MachineConfig:
             self._check_foreign()
         if self.lazy_private and self.type != "sw-protected":
             raise ConfigError(f"a test area that becomes shared by faults needs type sw-protected, not {self.type}")
+        if self.irqchip and self.type != "sev-es":
+            raise ConfigError(f"a guest that starts its vCPUs by IPIs in 64-bit mode needs type sev-es, not {self.type}")
 
     def _check_foreign(self) -> None:
         """A guest that was written for a PC."""
@@ -189,11 +196,9 @@ class Machine:
     # -- building ------------------------------------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        from kvmapi.system import System
-
         config = self.config
         # Released in reverse: vCPUs, VM, memory, system. Memory needs the VM to exist while it is filled, not while it goes.
-        system = self._stack.enter_context(System(self.host))
+        system = self._stack.enter_context(_system(self.host, config.dialect))
         most = system.check_extension(caps.KVM_CAP_MAX_VCPUS)
         if config.vcpus > max(most, 1):
             raise Unsupported(f"{config.vcpus} vCPUs, but this host allows {most}", "ask for fewer --vcpus")
@@ -212,10 +217,12 @@ class Machine:
             self.pc.add_controllers(vm)
             self.pc.add_devices(self.devices, vm)
             self.pc.adjust_cpuid(cpuid)
+        elif config.irqchip:
+            vm.create_irqchip()
         self._enable_exits(vm, cpuid)
         self._add_memory()
         if sev is not None:
-            sev.pin(self.memory)
+            self._pin(sev)
         self._add_vcpus(vm, cpuid)
         contents = self._load()
         if config.lazy_private:
@@ -263,6 +270,11 @@ class Machine:
         for gpa, size in high:
             self.memory.add_slot(SLOT_HIGH, gpa, size, private)
 
+    def _pin(self, sev: SevLaunch) -> None:
+        """Pin every memslot; in upm-v7 the call that does so means something else."""
+        if self.config.dialect != "upm-v7":
+            sev.pin(self.memory)
+
     def _add_vcpus(self, vm: Vm, cpuid: list[kvm_cpuid_entry2]) -> None:
         for index in range(self.config.vcpus):
             vcpu = self._stack.enter_context(vm.create_vcpu(index))
@@ -303,11 +315,18 @@ class Machine:
 
         config = self.config
         self.launch = sev.run(self.memory, contents, self._areas, secret=config.secret, record=config.record, progress=config.progress)
-        mark_private(self.map, self.memory)
+        mark_private(self.map, self.memory, boot.ghcb_pages(self.type, config.vcpus))
 
     def _make_test_area_lazy(self, vm: Vm) -> None:
         vm.set_memory_attributes(boot.TEST_AREA, boot.TEST_SIZE, kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE)
         self.map.set_range(boot.TEST_AREA, boot.TEST_SIZE, private=True)
+
+
+def _system(host: Host, dialect: str) -> System:
+    """/dev/kvm of the host; of a dialect, with its numbers."""
+    from kvmapi import dialects, system
+
+    return system.System(host) if dialect == "mainline" else dialects.System(host, dialect)
 
 
 def _pc(config: MachineConfig) -> Pc | None:

@@ -47,8 +47,8 @@ class GuestRequest:
     line as it comes (bytes). `host`: use this Host instead of choosing one (tests, recording). `on_stage`: called with the machine and
     the stage number when the guest writes the stage port, in the vCPU's thread, while that vCPU is stopped.
 
-    `secret`: 1 to `boot.MAX_SECRET` bytes that the guest's owner seals for it once its measurement matched (type sev; never shown
-    anywhere, and a bytearray may be wiped by the caller after the call). `save_launch`: a file for what was measured
+    `secret`: 1 to `boot.MAX_SECRET` bytes that the guest's owner seals for it once its measurement matched (type sev or sev-es; never
+    shown anywhere, and a bytearray may be wiped by the caller after the call). `save_launch`: a file for what was measured
     (`vmm.saved_launch`), written before the guest starts. `progress`: called with bytes measured and bytes to measure, while a SEV guest
     is launched.
     """
@@ -134,14 +134,12 @@ def _check(request: GuestRequest, type: str, row: Guest | None) -> None:
         raise Refused(f"there is no dialect {request.dialect!r}; there is mainline")
     if row is not None and type not in row.types:
         raise Refused(f"the guest {row.name} runs on type {' or '.join(row.types)}, not on {type}")
-    if request.secret is not None and type != "sev":
-        raise Refused(f"only a guest of type sev can be given a secret, not one of type {type}")
+    if request.secret is not None and not type.startswith("sev"):
+        raise Refused(f"only a guest of type sev or sev-es can be given a secret, not one of type {type}")
     if request.secret is not None and row is not None and not row.takes_secret:
         raise Refused(f"the guest {row.name} does not look for a secret; the guest secret does")
     if request.save_launch is not None:
         _check_save(request.save_launch, type)
-    if type == "sev-es":
-        raise Unsupported("running SEV-ES guests is not built yet (their launch is: sevmm measure --type sev-es)", "use --type sev")
     if request.timeout is not None and not request.timeout > 0:
         raise Refused(f"a time limit of {request.timeout} s is not more than 0")
     if len(request.arguments.encode(errors="surrogateescape")) > MAX_ARGUMENTS:
@@ -184,6 +182,7 @@ def _config(request: GuestRequest, report: RunReport, row: Guest | None, image: 
         wanted = MachineConfig(
             image=image, type=report.type, memory=request.memory, vcpus=request.vcpus, policy=request.policy,
             arguments=request.arguments.encode(errors="surrogateescape"), lazy_private=bool(row and row.lazy_private),
+            irqchip=bool(row and row.irqchip),
             console=request.console, secret=request.secret, record=request.save_launch is not None, progress=request.progress,
         )  # fmt: skip
         wanted.check()

@@ -3,10 +3,12 @@
  *
  * 1. Every vCPU arrives here from start.S with the boot info and its index.
  * 2. The magic is checked before anything else in the page is believed.
- * 3. vCPU 0 runs guest_main() and leaves through the exit port with its result;
+ * 3. On SEV-ES each vCPU gives the host its GHCB page, without which there is no
+ *    console and no exit: who has none ends with a termination request.
+ * 4. vCPU 0 runs guest_main() and leaves through the exit port with its result;
  *    the others run guest_secondary() and return to halt in start.S.
  */
-#include "guest.h"
+#include "ghcb.h"
 
 void guest_entry(const struct boot_info *boot, unsigned vcpu);
 
@@ -28,6 +30,8 @@ void guest_entry(const struct boot_info *boot, unsigned vcpu)
 		print("guest: no boot info at %p\n", (const void *)boot);
 		guest_exit(EXIT_NO_BOOT_INFO);
 	}
+	if (boot->vm_type == VM_SEV_ES)
+		ghcb_start(boot, vcpu);
 	if (vcpu == 0)
 		guest_exit(guest_main(boot, vcpu));
 	guest_secondary(boot, vcpu);

@@ -52,10 +52,12 @@ struct boot_info {
 	uint64_t mmio;
 	uint64_t features;
 	uint64_t msr;
-	uint8_t reserved[256 - 96];
+	uint64_t ghcbs;			/* SEV-ES: one page for each vCPU, shared; else 0 */
+	uint8_t reserved[256 - 104];
 	char arguments[1024];		/* words separated by spaces */
 };
 _Static_assert(offsetof(struct boot_info, features) == 80, "boot info layout");
+_Static_assert(offsetof(struct boot_info, ghcbs) == 96, "boot info layout");
 _Static_assert(offsetof(struct boot_info, arguments) == 256, "boot info layout");
 
 /* The registers as vectors.S leaves them on the stack. */
@@ -118,6 +120,13 @@ struct recovery {
 };
 extern struct recovery recovery;
 bool recovery_disarm(struct caught *caught);
+
+/* NMIs are unexpected exceptions unless wanted: then they are counted, no more. For vCPU 0 only. */
+struct nmis {
+	bool wanted;
+	unsigned count;
+};
+extern volatile struct nmis nmis;
 
 #define EXPECT_EXCEPTION(number, caught, instructions, ...)		\
 	({								\

@@ -47,6 +47,24 @@ uint64_t *get_pte(uint64_t address)
 	}
 }
 
+bool find_gpa(uint64_t address, uint64_t *gpa, bool *encrypted)
+{
+	uint64_t *table = (uint64_t *)pte_gpa(read_cr3());
+
+	for (unsigned shift = 39;; shift -= 9) {
+		uint64_t entry = table[address >> shift & 511], inside = (1UL << shift) - 1;
+
+		if (!(entry & PTE_PRESENT))
+			return false;
+		if (shift == 12 || (shift < 39 && entry & PTE_LARGE)) {
+			*gpa = (pte_gpa(entry) & ~inside) | (address & inside);
+			*encrypted = entry & c_mask;
+			return true;
+		}
+		table = (uint64_t *)pte_gpa(entry);
+	}
+}
+
 static void invalidate(uint64_t address)
 {
 	asm volatile("invlpg (%0)" : : "r"(address) : "memory");

@@ -18,6 +18,9 @@ void paging_start(const struct boot_info *boot);
 uint64_t *get_pte(uint64_t address);
 void set_pte(uint64_t address, uint64_t pte);
 
+/* Where `address` is mapped to, whatever the size of its page, and whether with the C-bit; false if it is not. */
+bool find_gpa(uint64_t address, uint64_t *gpa, bool *encrypted);
+
 /* Bits of a leaf entry that are an address, without the C-bit. */
 uint64_t pte_gpa(uint64_t pte);
 

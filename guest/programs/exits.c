@@ -2,20 +2,25 @@
  * exits: one of each exit a host can deliver, with the answers checked.
  *
  * 1. Port I/O of 1, 2 and 4 bytes at the echo port, which answers value + 1.
- * 2. String I/O: rep outsb to the console, rep insb from the echo port. Not in a
- *    guest with a C-bit: its host cannot read or write the encrypted buffer.
+ * 2. String I/O: rep outsb to the console, rep insb from the echo port, and more
+ *    than a page to it. Not in a SEV guest, whose host cannot read or write the
+ *    encrypted buffer; in an SEV-ES guest the #VC handler copies.
  * 3. MMIO of 1, 2, 4 and 8 bytes, and add, which is a read and a write.
  * 4. RDMSR and WRMSR of an MSR that the VMM serves.
  * 5. MAP_GPA_RANGE, called well and badly.
  * 6. CPUID, which the VMM chose.
- * 7. Exceptions, which stay inside the guest: vector, error code, RIP and CR2.
+ * 7. What only an SEV-ES guest can ask: the MSR protocol says of CPUID what the
+ *    GHCB says, features of the host, the AP jump table.
+ * 8. Exceptions, which stay inside the guest: vector, error code, RIP and CR2.
  *
  * One line per kind; what the boot info does not offer is skipped in words.
  */
+#include "ghcb.h"
 #include "hypercall.h"
 #include "paging.h"
 
 #define LETTERS	8
+#define MANY	5000
 
 static bool offered(const struct boot_info *boot, uint64_t feature, const char *what)
 {
@@ -48,12 +53,12 @@ static void port_io(void)
 static void string_io(const struct boot_info *boot)
 {
 	static const char text[] = "exits: rep outsb speaks\n";
-	static uint8_t letters[LETTERS + 1] __attribute__((aligned(16)));
+	static uint8_t letters[LETTERS + 1] __attribute__((aligned(16))), many[MANY];
 	const void *from = text;
 	void *to = letters;
 	uint64_t count = sizeof(text) - 1;
 
-	if (boot->c_mask) {
+	if (boot->vm_type == VM_SEV) {
 		print("exits: string io skipped (memory is encrypted)\n");
 		return;
 	}
@@ -65,6 +70,16 @@ static void string_io(const struct boot_info *boot)
 	for (unsigned i = 0; i < LETTERS; i++)
 		CHECK(letters[i] == 'A' + i, "rep insb byte %u: expected 0x%x, seen 0x%x", i, 'A' + i, letters[i]);
 	CHECK(letters[LETTERS] == 0, "rep insb wrote a byte too many");
+
+	for (unsigned i = 0; i < MANY; i++)
+		many[i] = i * 7;
+	from = many;
+	count = MANY;
+	asm volatile("rep outsb" : "+S"(from), "+c"(count) : "d"(PORT_ECHO) : "memory");
+	CHECK(count == 0 && from == many + MANY, "rep outsb of %u bytes stopped with %lu bytes left", MANY, count);
+	letters[0] = in8(PORT_ECHO);
+	CHECK(letters[0] == (uint8_t)(many[MANY - 1] + 1), "rep outsb of %u bytes: the last one arrived as 0x%x, not 0x%x",
+	      MANY, (uint8_t)(letters[0] - 1), many[MANY - 1]);
 	print("exits: string io ok\n");
 }
 
@@ -144,6 +159,28 @@ static void identity(void)
 	      hypervisor[0] ? (const char *)hypervisor : "none");
 }
 
+static void ghcb(const struct boot_info *boot)
+{
+	uint64_t by_page = ghcb_features(), by_msr = ghcb_features_msr();
+	uint64_t before = ghcb_jump_table();
+
+	for (uint32_t leaf = 0; leaf < 2; leaf++) {
+		uint32_t r[4], early[4];
+
+		cpuid(leaf, r);
+		ghcb_cpuid_msr(leaf, early);
+		for (unsigned i = 0; i < 4; i++)
+			CHECK(r[i] == early[i], "CPUID leaf %u, register %u: 0x%x by the GHCB, 0x%x by the MSR protocol",
+			      leaf, i, r[i], early[i]);
+	}
+	CHECK(by_page == by_msr, "the host's features: 0x%lx by the GHCB, 0x%lx by the MSR protocol", by_page, by_msr);
+	ghcb_set_jump_table(boot->shared_page);
+	CHECK(ghcb_jump_table() == boot->shared_page, "the AP jump table is at 0x%lx, set was 0x%lx",
+	      ghcb_jump_table(), boot->shared_page);
+	ghcb_set_jump_table(before);
+	print("exits: ghcb ok, version %u, features 0x%lx\n", ghcb_version(), by_page);
+}
+
 static void expect(const char *what, bool taken, const struct caught *caught, uint64_t error, uint64_t length)
 {
 	CHECK(taken, "%s did not come", what);
@@ -165,6 +202,11 @@ static void exceptions(const struct boot_info *boot)
 	taken = EXPECT_EXCEPTION(13, &caught, "movq %[at], %%rax; movb (%%rax), %%al", [at] "r"(1UL << 63));
 	expect("#GP", taken, &caught, 0, 2);
 
+	/* The VMM serves one MSR and refuses the next. */
+	if (boot->vm_type == VM_SEV_ES && boot->features & FEATURE_MSR_EXITS) {
+		taken = EXPECT_EXCEPTION(13, &caught, "movl %[msr], %%ecx; rdmsr", [msr] "r"((uint32_t)boot->msr + 1));
+		expect("#GP that the host raises", taken, &caught, 0, 2);
+	}
 	taken = EXPECT_EXCEPTION(14, &caught, "movl $0x18, %%eax; movb (%%rax), %%al");
 	expect("#PF of a read", taken, &caught, 0, 2);
 	CHECK(caught.cr2 == 0x18, "#PF of a read: expected CR2 0x18, seen 0x%lx", caught.cr2);
@@ -196,6 +238,8 @@ unsigned guest_main(const struct boot_info *boot, unsigned vcpu)
 	if (offered(boot, FEATURE_MAP_GPA_RANGE, "hypercall"))
 		hypercall(boot);
 	identity();
+	if (boot->vm_type == VM_SEV_ES)
+		ghcb(boot);
 	exceptions(boot);
 	print("exits: done\n");
 	return EXIT_PASS;

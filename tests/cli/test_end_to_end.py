@@ -94,7 +94,7 @@ def test_interrupt(tree: Path, rung: str) -> None:
     [
         (["no-such-guest"], 2, "no-such-guest"),
         (["./no/such/file"], 2, "no/such/file"),
-        (["hello", "--type", "sev-es", "--on", "kernel"], 2, "sev-es"),
+        (["fault", "--type", "sev-es", "--on", "kernel"], 2, "not on sev-es"),
         (["hello", "--type", "plain", "--on", "model", "--memory", "4096"], 2, "16"),
         (["hello", "--type", "plain", "--on", "model", "--policy", "3"], 2, "policy"),
     ],

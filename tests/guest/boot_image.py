@@ -14,9 +14,9 @@ from elftools.elf.elffile import ELFFile
 
 MEMORY, TEST_AREA, TEST_SIZE, SHARED_PAGE = 32 << 20, 0x800000, 0x800000, 0x5000
 MMIO, MSR = 0xD0000000, 0x40000ABC
-PLAIN, SW_PROTECTED, SEV = 0, 1, 2
+PLAIN, SW_PROTECTED, SEV, SEV_ES = 0, 1, 2, 3
 FEATURE_HYPERCALL, FEATURE_MSR, FEATURE_IMPLICIT, FEATURE_MMIO = 1, 2, 4, 8
-PML4, BOOT_INFO = 0x8000, 0x4000
+PML4, BOOT_INFO, GHCBS = 0x8000, 0x4000, 0x400000
 
 
 def stack_top(vcpu: int) -> int:
@@ -39,9 +39,10 @@ def prepare(memory: mmap.mmap, elf: Path, arguments: str, *, vm_type: int, featu
         stubs = symbol(image, "vector_stubs")["st_value"]
         entry = int(image["e_entry"])
     _descriptors(memory, stubs, vcpus)
-    _page_tables(memory, c_mask)
+    ghcbs = range(GHCBS, GHCBS + 0x1000 * vcpus, 0x1000) if vm_type == SEV_ES else range(0)
+    _page_tables(memory, c_mask, ghcbs)
     _put(memory, BOOT_INFO, int.from_bytes(b"SEVMMBI1", "little"), vm_type, c_mask, MEMORY, vcpus, PML4)
-    _put(memory, BOOT_INFO + 48, SHARED_PAGE, TEST_AREA, TEST_SIZE, MMIO, features, MSR)
+    _put(memory, BOOT_INFO + 48, SHARED_PAGE, TEST_AREA, TEST_SIZE, MMIO, features, MSR, GHCBS if ghcbs else 0)
     text = arguments.encode() + b"\0"
     memory[BOOT_INFO + 256 : BOOT_INFO + 256 + len(text)] = text
     return entry
@@ -59,12 +60,12 @@ def _descriptors(memory: mmap.mmap, stubs: int, vcpus: int) -> None:
         _put(memory, 0x2000 + 16 * vector, gate, at >> 32)
 
 
-def _page_tables(memory: mmap.mmap, c_mask: int) -> None:
+def _page_tables(memory: mmap.mmap, c_mask: int, ghcbs: range) -> None:
     _put(memory, PML4, 0x9003 | c_mask)
     _put(memory, 0x9000, *(0xA003 + 0x1000 * index | c_mask for index in range(4)))
     _put(memory, 0xA000, *(0xE003 + 0x1000 * index | c_mask for index in range(8)))
     for page in range(1, 4096):
-        shared = page << 12 == SHARED_PAGE or TEST_AREA <= page << 12 < TEST_AREA + TEST_SIZE
+        shared = page << 12 == SHARED_PAGE or page << 12 in ghcbs or TEST_AREA <= page << 12 < TEST_AREA + TEST_SIZE
         _put(memory, 0xE000 + 8 * page, page << 12 | 3 | (0 if shared else c_mask))
     _put(memory, 0xA000 + 8 * 8, *(page << 21 | 0x83 | c_mask for page in range(8, MEMORY >> 21)))
     _put(memory, 0xA000 + 8 * (MMIO >> 21), MMIO | 0x83)

@@ -161,3 +161,77 @@ def test_relative_cache_home_is_ignored(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_no_such_guest() -> None:
     with pytest.raises(KeyError, match="no bundled guest 'nosuch'; there are: hello, exits"):
         build.build("nosuch")
+
+
+TEXT = '#include "guest.h"\nunsigned guest_main(const struct boot_info *boot, unsigned vcpu) { return boot->vcpus + vcpu; }\n'
+
+
+@pytest.mark.gcc
+def test_a_text_is_built_with_the_library_and_kept(cache: Path) -> None:
+    first = build.build_text(TEXT)
+    with first.open("rb") as file:
+        image = ELFFile(file)
+        assert image["e_entry"] == 0x100000 and symbol(image, "guest_main") and symbol(image, "vector_stubs")
+    made = first.stat()
+    assert build.build_text(TEXT) == first and first.stat() == made
+    assert build.build_text(TEXT + "\n") != first
+    assert build.build_text(TEXT, "other").name == "other.elf"
+
+
+@pytest.mark.gcc
+def test_a_texts_image_holds_the_same_bytes_wherever_it_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = []
+    for folder in ("one", "another-longer-name"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / folder))
+        images.append(build.build_text(TEXT).read_bytes())
+    assert images[0] == images[1]
+    assert str(tmp_path).encode() not in images[0] and str(build.HERE).encode() not in images[0]
+
+
+@pytest.mark.gcc
+def test_a_program_in_a_file_and_the_same_as_a_text_are_the_same_guest(cache: Path) -> None:
+    source = (build.HERE / "programs" / "hello.c").read_text()
+    loaded = []
+    for path in (build.build("hello"), build.build_text(source, "hello")):
+        with path.open("rb") as file:
+            loaded.append(sorted((s["p_vaddr"], s["p_memsz"]) for s in ELFFile(file).iter_segments("PT_LOAD")))
+    assert loaded[0] == loaded[1]
+
+
+@pytest.mark.gcc
+def test_an_error_in_a_text_names_its_line(cache: Path) -> None:
+    with pytest.raises(build.BuildError, match=r"guest mine: .*mine.c:2:\d+: error: "):
+        build.build_text('#include "guest.h"\nint nonsense = guest_main;\n', "mine")
+    with pytest.raises(ValueError, match="no name for a guest"):
+        build.build_text(TEXT, "../etc")
+
+
+@pytest.mark.gcc
+def test_another_library_is_no_hit_for_a_text(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build.build_text(TEXT)
+    changed = tmp_path / "lib"
+    shutil.copytree(build.LIBRARY, changed)
+    (changed / "console.c").write_text((changed / "console.c").read_text() + "int another_library;\n")
+    monkeypatch.setattr(build, "LIBRARY", changed)
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    second = build.build_text(TEXT)
+    assert second != first
+    with second.open("rb") as file:
+        assert symbol(ELFFile(file), "another_library")
+
+
+@pytest.mark.gcc
+def test_a_text_without_tools_is_served_from_the_cache(cache: Path, no_tools: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = build.build_text(TEXT)
+    monkeypatch.setenv("PATH", no_tools)
+    assert build.build_text(TEXT) == built
+    with pytest.raises(build.ToolMissing, match="gcc not found"):
+        build.build_text(TEXT + "\n")
+
+
+@pytest.mark.gcc
+def test_texts_built_at_once(cache: Path) -> None:
+    texts = [TEXT + "\n" * (n % 3) for n in range(9)]
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        assert len(set(pool.map(build.build_text, texts))) == 3
+    assert len(list((cache / "sevmm" / "guests" / "lib").glob("*/*"))) == 1, "one set of objects, and no scratch folder"

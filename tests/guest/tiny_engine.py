@@ -24,6 +24,7 @@ from boot_image import (
     MEMORY,
     PML4,
     SEV,
+    SEV_ES,
     SW_PROTECTED,
     TEST_AREA,
     TEST_SIZE,
@@ -46,11 +47,11 @@ class Engine:
 
     def __init__(self, vm_type: int, lazy: bool = False, on_stage: Callable[[int, Engine], None] = lambda stage, engine: None) -> None:
         self.vm_type, self.lazy, self.on_stage = vm_type, lazy, on_stage
-        self.c_mask = C_MASK if vm_type == SEV else 0
+        self.c_mask = C_MASK if vm_type in (SEV, SEV_ES) else 0
         self.attributes: set[int] = set()
         self.result = Result()
         self.private, self.shared = mmap.mmap(-1, MEMORY), mmap.mmap(-1, MEMORY)
-        self.tables = self.private if vm_type == SEV else self.shared
+        self.tables = self.private if self.c_mask else self.shared
         self.cpu: Any = uc.Uc(uc.UC_ARCH_X86, uc.UC_MODE_64)
         for base, backing in ((0, self.private), (SHARED_BASE, self.shared)):
             address = ctypes.addressof(ctypes.c_char.from_buffer(backing))

@@ -10,6 +10,7 @@ from vmm.image import IMAGE_BASE, Image, Segment
 SPIN = b"\xeb\xfe"  # 1: jmp 1b
 HALT = b"\xf4"
 TRIPLE_FAULT = b"\x0f\x0b"  # ud2; a flat image has no IDT
+WRMSR, VMGEXIT = b"\x0f\x30", b"\xf3\x0f\x01\xd9"
 SPIN_ON_EXITS = b"\x66\xba\xf8\x00" + b"\xee\xeb\xfd"  # mov dx, 0xf8; 1: out dx, al; jmp 1b
 SPIN_IN_HYPERCALL = b"\x0f\x01\xd9" + SPIN  # vmmcall: on a paravirtual KVM it does not come back
 

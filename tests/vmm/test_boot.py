@@ -75,7 +75,25 @@ def test_boot_info_has_the_fields_of_the_contract() -> None:
         2, C, 64 << 20, 3, boot.TABLES, 0x5000, 0x800000, 0x800000, 0xD0000000, 3, 0x40000ABC,
     )  # fmt: skip
     assert page[256:261] == b"leak\0"
+    assert struct.unpack_from("<Q", page, 96) == (0,), "no GHCBs"
     assert struct.unpack_from("<Q", boot.BootInfo(0, 0, 0, 1, 0).page(), 88) == (0,), "no MSR exits, no MSR"
+
+
+def test_an_sev_es_guest_finds_a_shared_page_for_each_vcpu() -> None:
+    """They are in nobody's way, not among the pages that are measured, and their neighbours are private."""
+    info = boot.BootInfo(3, C, 16 << 20, 64, 0)
+    assert struct.unpack_from("<Q", info.page(), 96) == (0x400000,)
+    assert (info.ghcbs.start, len(info.ghcbs), info.ghcbs.step) == (0x400000, 64, 0x1000)
+    pages = boot.pages(info, {})
+    assert not set(info.ghcbs) & set(pages)
+    tables = b"".join(pages[gpa] for gpa in sorted(pages) if boot.TABLES <= gpa < boot.STACKS)
+    for gpa, shared in ((0x3FF000, False), *((gpa, True) for gpa in info.ghcbs), (0x440000, False)):
+        found = walk(tables, gpa)
+        assert found is not None and found[:2] == (gpa, 0x1000)
+        assert bool(found[2][-1] & C) is not shared
+        assert all(entry & C for entry in found[2][:-1])
+    for vm_type in (0, 1, 2):
+        assert not boot.BootInfo(vm_type, C, 16 << 20, 4, 0).ghcbs
 
 
 def test_each_vcpu_has_a_tss_of_its_own() -> None:

@@ -142,6 +142,8 @@ def test_what_a_hook_raises_comes_out_after_everything_stopped(any_host: Any) ->
         ({"policy": 1}, "means nothing"),
         ({"policy": 1 << 32, "type": "sev"}, "32 bits"),
         ({"lazy_private": True}, "sw-protected"),
+        ({"irqchip": True}, "needs type sev-es, not plain"),
+        ({"irqchip": True, "type": "sev"}, "needs type sev-es, not sev"),
     ],
 )
 def test_impossible_machines_are_refused_in_one_sentence(model_host: Any, more: dict[str, Any], word: str) -> None:

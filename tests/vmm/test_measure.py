@@ -30,7 +30,7 @@ from vmm.run import GuestRequest, find_guest, load_guest, run_guest
 MIB = 1 << 20
 SEV = Setup("flat", "sev", 3, 16 * MIB)
 ES = Setup("flat", "sev-es", 7, 16 * MIB, vcpus=3)
-SEV_GUESTS = [guest.name for guest in GUESTS if "sev" in guest.types and not guest.sample]
+SEV_GUESTS = [(guest.name, type) for guest in GUESTS for type in ("sev", "sev-es") if type in guest.types and not guest.sample]
 
 
 # -- what is written and measured ---------------------------------------------------------------------------------------------------------
@@ -90,18 +90,19 @@ def test_regions_are_runs_with_a_hash_of_each_page() -> None:
 
 @pytest.mark.gcc
 @pytest.mark.model
-@pytest.mark.parametrize("name", SEV_GUESTS)
-def test_prediction_is_what_a_run_measures(name: str, model_host: Any, tmp_path: Any) -> None:
+@pytest.mark.parametrize(("name", "type"), SEV_GUESTS)
+def test_prediction_is_what_a_run_measures(name: str, type: str, model_host: Any, tmp_path: Any) -> None:
     from vmm.saved_launch import load
 
     file = str(tmp_path / "launch.json")
-    report = run_guest(GuestRequest(name, "sev", vcpus=2, arguments="nonce=1", memory=32 * MIB, host=model_host, save_launch=file))
+    report = run_guest(GuestRequest(name, type, vcpus=2, arguments="nonce=1", memory=32 * MIB, host=model_host, save_launch=file))
     assert report.launch is not None and report.launch.match, report.message
-    expected = predict(Setup(name, "sev", 3, 32 * MIB, 2, b"nonce=1"), load_guest(name, find_guest(name)))
+    expected = predict(Setup(name, type, default_policy(type), 32 * MIB, 2, b"nonce=1"), load_guest(name, find_guest(name)))
     assert expected.digest == report.launch.digest
     found = load(file)
     assert compare(expected, found) is None
-    assert (found.regions, found.setup, found.vmsas) == (expected.regions, expected.setup, ())
+    assert (found.regions, found.setup, found.vmsas) == (expected.regions, expected.setup, expected.vmsas)
+    assert len(found.vmsas or ()) == (2 if type == "sev-es" else 0)
     assert found.answer is not None
     assert (found.answer.measure, found.answer.nonce) == (report.launch.measure, report.launch.nonce)
 

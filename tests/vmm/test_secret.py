@@ -39,8 +39,9 @@ def request(host: Any, **more: Any) -> GuestRequest:
         (bytes(range(256)) * 15 + bytes(240), "nonce=", b""),
     ],
 )
-def test_the_guest_proves_it(model_host: Any, secret: bytes, arguments: str, nonce: bytes) -> None:
-    report = run_guest(request(model_host, secret=secret, arguments=arguments))
+@pytest.mark.parametrize("type", ["sev", "sev-es"])
+def test_the_guest_proves_it(model_host: Any, type: str, secret: bytes, arguments: str, nonce: bytes) -> None:
+    report = run_guest(request(model_host, type=type, secret=secret, arguments=arguments))
     assert (report.result, report.message) == ("pass", "")
     assert f" = {hashlib.sha256(nonce + secret).hexdigest()}\n" in report.console
     assert f"secret: {len(secret)} bytes arrived\n" in report.console
@@ -134,10 +135,10 @@ def test_a_secret_the_firmware_refuses_is_an_error_without_the_secret(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"guest": "hello", "type": "plain"}, "only a guest of type sev can be given a secret, not one of type plain"),
+        ({"guest": "hello", "type": "plain"}, "only a guest of type sev or sev-es can be given a secret, not one of type plain"),
         ({"guest": "hello", "type": "sw-protected"}, "not one of type sw-protected"),
         ({"guest": "hello"}, "the guest hello does not look for a secret; the guest secret does"),
-        ({"type": "plain"}, "the guest secret runs on type sev, not on plain"),
+        ({"type": "plain"}, "the guest secret runs on type sev or sev-es, not on plain"),
     ],
 )
 def test_other_types_and_guests_are_refused(model_host: Any, more: dict[str, Any], words: str) -> None:
