@@ -34,7 +34,9 @@ PATIENCE = 10 if IN_LAB else 1
 """Limits of time are multiplied by this: the lab's CPU is emulated, about ten times slower."""
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if pluginmanager.has_plugin("vmm.selftests.plugin"):  # where the package is installed, its plugin has the option
+        return
     parser.addoption(
         "--require", action="append", default=[], metavar="KIND[,KIND…]",
         help=f"fail instead of skipping where this is missing; of: {', '.join(KINDS)}",

@@ -12,7 +12,7 @@ import sys
 
 from benchlib.entry import ENTRIES, progress
 
-MODULES = ("exits", "model", "process", "gpamap", "cheap", "model_ioctls", "speed", "misses", "threads", "launch")
+MODULES = ("exits", "model", "process", "gpamap", "cheap", "model_ioctls", "speed", "misses", "threads", "launch", "conversions", "suite")
 
 
 def main() -> int:

@@ -27,9 +27,9 @@ def out_loop(count: int) -> bytes:
     return start + b"\xee\xff\xc9\x75\xfb" + b"\x31\xc0" + _exit()  # 1: out dx, al; dec ecx; jnz 1b; xor eax, eax
 
 
-def map_loop(count: int, gpa: int = 0x800000) -> bytes:
-    """`count` MAP_GPA_RANGE hypercalls on one page, private and shared in turn; the exit code is the last result."""
-    body = b"\xb8" + _u32(12) + b"\xbb" + _u32(gpa) + b"\xb9" + _u32(1)  # mov eax, 12; mov ebx, gpa; mov ecx, 1
+def map_loop(count: int, gpa: int = 0x800000, pages: int = 1) -> bytes:
+    """`count` MAP_GPA_RANGE hypercalls on a range, private and shared in turn; the exit code is the last result."""
+    body = b"\xb8" + _u32(12) + b"\xbb" + _u32(gpa) + b"\xb9" + _u32(pages)  # mov eax, 12; mov ebx, gpa; mov ecx, pages
     body += b"\x44\x89\xc2\x83\xe2\x01\xc1\xe2\x04"  # mov edx, r8d; and edx, 1; shl edx, 4
     body += b"\x0f\x01\xd9\x41\xff\xc8"  # vmmcall; dec r8d
     return b"\x41\xb8" + _u32(count) + body + b"\x75" + struct.pack("b", -len(body) - 2) + _exit()

@@ -23,7 +23,9 @@ from vmm.cli import guests, parser
         (["run", "hello", "--vcpus", "0"], "1 to 64"),
         (["run", "hello", "--policy", "zz"], "hex"),
         (["run", "hello", "--timeout", "soon"], "seconds"),
-        (["run", "hello", "--dialect", "upm-v6"], "mainline"),
+        (["run", "hello", "--dialect", "upm-v6"], "sevmm selftest --dialect upm-v6"),
+        (["run", "hello", "--dialect", "page-enc-v6"], "not built yet"),
+        (["selftest", "--dialect", "page-enc-v6"], "attr-v11"),
         (["run", "hello", "--dialect", "x"], "no dialect"),
         (["run", "hello", "--mem", "64M"], "--mem"),
         (["run", "hello", "--gdb", "1"], "--gdb"),
@@ -139,3 +141,10 @@ def test_importing_the_command_line_is_cheap(tree: Path) -> None:
     )
     loaded = set(done.stdout.split())
     assert not loaded & {"rich", "unicorn", "cryptography", "pyroaring", "psutil", "elftools", "shtab", "kvmapi", "guest"}
+
+
+def test_every_dialect_of_the_model_can_be_asked_for() -> None:
+    from kvmapi.abi.dialects import DIALECTS
+    from vmm.cli import parser
+
+    assert {*parser.DIALECTS, *parser.TESTED_DIALECTS} == set(DIALECTS)

@@ -27,6 +27,10 @@ ENTRIES |= {
     "kick_p99_ms",
     "launch_vs_openssl",
     "page_crypt_us",
+    "conversions_4k",
+    "conversions_2m",
+    "conversions_implicit",
+    "selftest_s",
 }
 
 

@@ -16,7 +16,8 @@ TYPES = ("plain", "sw-protected", "sev", "sev-es")
 SEV_TYPES = ("sev", "sev-es")
 RUNGS = ("auto", "kernel", "model")
 DIALECTS = ("mainline",)
-LATER_DIALECTS = ("upm-v6", "upm-v7", "page-enc-v6", "page-enc-v8")
+TESTED_DIALECTS = ("upm-v6", "attr-2022", "upm-v7", "attr-v10", "attr-v11")  # the bundled guests do not speak them
+LATER_DIALECTS = ("page-enc-v6", "page-enc-v8")
 
 _DESCRIPTION = "A userspace VMM for test guests with private memory: real /dev/kvm and /dev/sev, or a software model of the same."
 _EPILOG = """\
@@ -54,6 +55,17 @@ examples:
   sevmm platform reset --on model --yes
 
 exit status: 0; 1 the firmware refused, or a link of the chain does not hold; 2 usage or a file; 4 this host cannot"""
+
+
+_SELFTEST_EXAMPLES = """\
+examples:
+  sevmm selftest                                   everything, on the kernel what it can and on the model the rest
+  sevmm selftest sev_smoke 'guest_memfd.*' --on model
+  sevmm selftest --type sev-es -j 4 --timeout 60
+  sevmm selftest --ktap                            also --json, --junit FILE
+  sevmm selftest vm_types -j 0                     in this process: for a debugger
+
+exit status: 0; 1 a test failed; 2 usage; 4 nothing could run here; 70 the VMM failed; 130 interrupted"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -106,6 +118,7 @@ def build_parser() -> Parser:
     _add_run(verbs)
     _add_measure(verbs)
     _add_platform(verbs)
+    _add_selftest(verbs)
     _add_completion(verbs)
     return parser
 
@@ -149,7 +162,7 @@ def _add_run(verbs: Any) -> None:
     add = parser.add_argument
     add("--type", choices=TYPES, help="VM type (default: the first one of the guest; plain for a path)")
     add("--on", choices=RUNGS, default="auto", help="which side of the seam answers (default: auto, the kernel when it can)")
-    add("--dialect", type=_dialect, default="mainline", metavar="D", help="whose ioctl numbers: mainline (the only one yet)")
+    add("--dialect", type=_dialect, default="mainline", metavar="D", help="whose ioctl numbers: mainline (others: sevmm selftest)")
     add("--memory", type=values.size, default=64 << 20, metavar="SIZE", help="guest memory, for example 64M or 1G (default: 64M)")
     add("--vcpus", type=values.vcpus, default=1, metavar="N", help="number of vCPUs, 1 to 64 (default: 1)")
     add("--policy", type=values.policy, metavar="HEX", help="SEV policy (default: no debugging, no key sharing)")
@@ -229,6 +242,33 @@ def _add_platform(verbs: Any) -> None:
     add("directory", metavar="DIR", help="what export wrote, with AMD's ask.cert and ark.cert, or sevctl's file")
 
 
+def _add_selftest(verbs: Any) -> None:
+    def run(options: argparse.Namespace) -> int:
+        from vmm.cli import selftest
+
+        return selftest.run(options)
+
+    parser = _verb(verbs, "selftest", run, "test this host's KVM, or the model, as the kernel's selftests do", _SELFTEST_EXAMPLES)
+    add = parser.add_argument
+    add("patterns", metavar="PATTERN", nargs="*", help="suites, tests or ids as --list shows them; shell patterns (default: all)")
+    add("--list", action="store_true", help="name the tests instead of running them")
+    add("--on", choices=RUNGS, default="auto", help="which side of the seam answers (default: auto, the kernel when it can)")
+    add("--type", choices=TYPES, help="only tests of this VM type")
+    add(
+        "--dialect",
+        choices=(*DIALECTS, *TESTED_DIALECTS),
+        metavar="D",
+        help=f"only tests of this dialect (mainline, {', '.join(TESTED_DIALECTS)})",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--ktap", action="store_true", help="KTAP on stdout, for kselftest, LAVA, KernelCI")
+    form.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    add("--junit", metavar="FILE", help="write JUnit XML too")
+    add("-j", "--jobs", type=values.jobs, metavar="N", help="processes at a time (default: one per CPU; 0: in this process)")
+    text = "seconds until a test is killed (default: what the test says, else 30; 0: no limit)"
+    add("--timeout", type=values.timeout, default=argparse.SUPPRESS, metavar="S", help=text)
+
+
 def _add_completion(verbs: Any) -> None:
     def run(options: argparse.Namespace) -> int:
         from vmm.cli import completion
@@ -242,6 +282,8 @@ def _add_completion(verbs: Any) -> None:
 def _dialect(text: str) -> str:
     if text in DIALECTS:
         return text
+    if text in TESTED_DIALECTS:
+        raise argparse.ArgumentTypeError(f"the bundled guests speak mainline; for {text!r} see sevmm selftest --dialect {text}")
     if text in LATER_DIALECTS:
         raise argparse.ArgumentTypeError(f"{text!r} is not built yet; only mainline is")
     raise argparse.ArgumentTypeError(f"{text!r} is no dialect (known: mainline)")

@@ -44,6 +44,13 @@ def vcpus(text: str) -> int:
     return int(text)
 
 
+def jobs(text: str) -> int:
+    """A number of processes; 0 stands for none but this one."""
+    if not (text.isascii() and text.isdigit()) or int(text) > 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes (1 to 1024; 0: in this one)")
+    return int(text)
+
+
 def timeout(text: str) -> float | None:
     """Seconds; 0 stands for no limit and becomes None."""
     try:

@@ -1,0 +1,3 @@
+"""A suite that cannot be imported."""
+
+raise ValueError("on purpose")
