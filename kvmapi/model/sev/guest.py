@@ -153,9 +153,8 @@ class GuestContext:
         """SEND_UPDATE_DATA: memory at `address`, within one page, as a packet for the destination: (header, trans)."""
         self.require(sev.SEV_STATE_SEND_UPDATE)
         _check_page_part(address, len(ciphertext))
-        vault = self.__vault
-        with vault.busy, vault.opened():
-            plain = self.cipher.decrypt_part(address, ciphertext, vault.work)
+        with self.__vault.working() as work:
+            plain = self.cipher.decrypt_part(address, ciphertext, work)
             try:
                 return self.__transport.encrypt(CONTEXT_DATA, plain)
             finally:
@@ -187,12 +186,12 @@ class GuestContext:
 
     def _unwrap(self, address: int, header: bytes, trans: bytes) -> bytes:
         """From the transport's ciphertext to memory's, with the plaintext in the vault only."""
-        vault, at = self.__vault, address % UNIT
-        with vault.busy, vault.opened():
-            plain = vault.work.hidden[at : at + len(trans)]
+        at = address % UNIT
+        with self.__vault.working() as work:
+            plain = work.hidden[at : at + len(trans)]
             try:
-                self.__transport.decrypt(header, trans, vault.work.hidden[at : at + len(trans) + SLACK])
-                return bytes(self.cipher.encrypt_part(address, plain, vault.work))
+                self.__transport.decrypt(header, trans, work.hidden[at : at + len(trans) + SLACK])
+                return bytes(self.cipher.encrypt_part(address, plain, work))
             finally:
                 plain[:] = bytes(len(plain))
 

@@ -81,8 +81,8 @@ class Transport:
         try:
             if not hmac.compare_digest(crypto.mac(kik, wrapped), bytes(blob.wrap_mac)):
                 raise FirmwareError(psp.SEV_RET_BAD_MEASUREMENT)
-            with self._vault.busy, self._vault.opened():
-                room = self._vault.work.hidden[: KEYS_SIZE + SLACK]
+            with self._vault.working() as work:
+                room = work.hidden[: KEYS_SIZE + SLACK]
                 _ctr(memoryview(kek), bytes(blob.wrap_iv), wrapped, room)
                 tek, tik = room[: crypto.KEY_SIZE], room[crypto.KEY_SIZE : KEYS_SIZE]
                 try:
@@ -102,8 +102,8 @@ class Transport:
         kek, kik = crypto.wrapping_keys(z, nonce)
         wrapped = bytearray(KEYS_SIZE + SLACK)
         try:
-            with self._vault.busy, self._vault.opened():
-                room = self._vault.work.hidden[:KEYS_SIZE]
+            with self._vault.working() as work:
+                room = work.hidden[:KEYS_SIZE]
                 room[: crypto.KEY_SIZE], room[crypto.KEY_SIZE :] = self._tek.view, self._tik.view
                 _ctr(memoryview(kek), iv, room, memoryview(wrapped))
                 room[:] = bytes(KEYS_SIZE)

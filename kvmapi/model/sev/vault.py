@@ -15,14 +15,15 @@ the firmware's RESOURCE_LIMIT.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from kvmapi.abi import psp
-from kvmapi.model.mem.arena import SecretRegion
+from kvmapi.model.mem.arena import PAGE, SecretRegion
 from kvmapi.model.mem.cipher import ROOM, Workspace
 from kvmapi.model.sev.status import FirmwareError
-from kvmapi.wiping import wipe  # noqa: F401
 
-_SIZE = 80 * 1024
+_SIZE = 64 * 1024
 _GRAIN = 16
 
 
@@ -65,22 +66,22 @@ class Secret:
 
 
 class Vault:
-    """Secret memory of one platform's firmware."""
+    """Secret memory of one platform's firmware: a region of keys, and room for the plaintext of one command, each with a door."""
 
     def __init__(self) -> None:
         self._region = SecretRegion(_SIZE)
         self._lock = threading.Lock()
         self._depth = 0
-        self._top = -(-ROOM // _GRAIN) * _GRAIN
+        self._top = 0
         self._free: dict[int, list[memoryview]] = {}
-        self.work = Workspace(self._region.view[:ROOM])
-        """Room for one command's plaintext in passing; use it under `busy` only."""
-        self.busy = threading.Lock()
+        self._room = SecretRegion(-(-ROOM // PAGE) * PAGE)
+        self._work = Workspace(self._room.view[:ROOM])
+        self._busy = threading.Lock()
 
     @property
     def secret(self) -> bool:
         """Whether the kernel gave secret memory (memfd_secret), and not ordinary memory outside core dumps."""
-        return self._region.secret
+        return self._region.secret and self._room.secret
 
     def opened(self) -> Vault:
         """A context in which views of this vault can be used."""
@@ -98,6 +99,16 @@ class Vault:
             self._depth -= 1
             if not self._depth:
                 self._region.close_door()
+
+    @contextmanager
+    def working(self) -> Iterator[Workspace]:
+        """A context with the vault open and room for one command's plaintext in passing, which the command wipes; one at a time."""
+        with self._busy, self:
+            self._room.open_door()
+            try:
+                yield self._work
+            finally:
+                self._room.close_door()
 
     def hold(self, size: int) -> Secret:
         """Room for a secret of `size` bytes; RESOURCE_LIMIT when there is none left."""
