@@ -58,8 +58,14 @@ class OwnerSession:
         z = certificates.shared_secret(private, certificates.cert_key(certificates.parse_cert(pdh_cert)))
         tek, tik = secrets.token_bytes(crypto.KEY_SIZE), secrets.token_bytes(crypto.KEY_SIZE)
         blob = crypto.wrap_session(z, tek, tik, policy, nonce=secrets.token_bytes(16), iv=secrets.token_bytes(16))
+        wipe(z)
         certificate = certificates.make_cert(private.public_key(), c.SEV_USAGE_PDH, c.SEV_ALGO_ECDH_SHA256)
         return cls(policy, bytes(certificate), blob, tek, tik)
+
+    def forget(self) -> None:
+        """Overwrite the keys: the launch is over, and nothing is to be opened or proved any more."""
+        wipe(self.tek)
+        wipe(self.tik)
 
     # --- between the steps
 

@@ -57,7 +57,7 @@ def wrapping_keys(z: Key, nonce: bytes) -> tuple[bytes, bytes]:
     return keys
 
 
-def aes_ctr(key: bytes, iv: bytes, data: bytes) -> bytes:
+def aes_ctr(key: bytes, iv: bytes, data: Key) -> bytes:
     """AES-128 in counter mode, `iv` being the first counter block; the same call decrypts."""
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
@@ -71,8 +71,12 @@ def aes_ctr(key: bytes, iv: bytes, data: bytes) -> bytes:
 def wrap_session(z: bytes, tek: bytes, tik: bytes, policy: int, *, nonce: bytes, iv: bytes) -> bytes:
     """The 128-byte session blob for LAUNCH_START."""
     kek, kik = wrapping_keys(z, nonce)
-    wrapped = aes_ctr(kek, iv, tek + tik)
-    return nonce + wrapped + iv + mac(kik, wrapped) + mac(tik, policy.to_bytes(4, "little"))
+    both = bytearray(tek + tik)
+    wrapped = aes_ctr(kek, iv, both)
+    blob = nonce + wrapped + iv + mac(kik, wrapped) + mac(tik, policy.to_bytes(4, "little"))
+    for transient in (kek, kik, both):
+        wipe(transient)
+    return blob
 
 
 def unwrap_session(session: bytes, z: bytes, policy: int) -> tuple[bytes, bytes]:

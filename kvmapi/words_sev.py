@@ -207,7 +207,8 @@ AFTER: dict[tuple[str, int], Hint] = {
         "header 52 bytes, packet as long as the guest range, a multiple of 16 bytes", Remedy.OWNER_DATA
     ),
     ("SEV_PEK_CERT_IMPORT", 0x06): Hint(
-        "the PEK must be this platform's own (SEV_PEK_CSR), signed by the OCA given with it", Remedy.CERTIFICATE
+        "the PEK must be this platform's own (SEV_PEK_CSR, anew after a reset), signed by the OCA given with it; both have 2084 bytes",
+        Remedy.UNSIGNED,
     ),
 }
 """What a status means after one command, where that says more than `FIRMWARE`."""

@@ -95,26 +95,29 @@ class SevLaunch:
 
         pdh, _chain = self.platform.pdh_cert_export()
         owner = OwnerSession.create(pdh, self.policy)
-        started = self._launch.start(self.policy, owner.dh_cert, owner.session)
-        self._update(started.update_data, memory, contents, progress)
-        if self.es:
-            started.update_vmsa()
-        digest = expected_digest(contents, areas)
-        measured = started.measure()
-        status = self.platform.status()
-        version = {"api_major": status.api_major, "api_minor": status.api_minor, "build": status.build}
-        expected = owner.expected_measure(digest, measured.nonce, **version)
-        match = owner.verify(measured.measure, digest, measured.nonce, **version)
-        if match:
-            if secret is not None:
-                _give_secret(owner, measured, memory, secret)
-            measured.finish()
-        return LaunchReport(
-            self.policy, digest, measured.measure, measured.nonce, expected, match,
-            version=(status.api_major, status.api_minor, status.build),
-            regions=tuple(regions(contents)) if record else None,
-            vmsas=tuple(vmsas(areas)) if record else None,
-        )  # fmt: skip
+        try:
+            started = self._launch.start(self.policy, owner.dh_cert, owner.session)
+            self._update(started.update_data, memory, contents, progress)
+            if self.es:
+                started.update_vmsa()
+            digest = expected_digest(contents, areas)
+            measured = started.measure()
+            status = self.platform.status()
+            version = {"api_major": status.api_major, "api_minor": status.api_minor, "build": status.build}
+            expected = owner.expected_measure(digest, measured.nonce, **version)
+            match = owner.verify(measured.measure, digest, measured.nonce, **version)
+            if match:
+                if secret is not None:
+                    _give_secret(owner, measured, memory, secret)
+                measured.finish()
+            return LaunchReport(
+                self.policy, digest, measured.measure, measured.nonce, expected, match,
+                version=(status.api_major, status.api_minor, status.build),
+                regions=tuple(regions(contents)) if record else None,
+                vmsas=tuple(vmsas(areas)) if record else None,
+            )  # fmt: skip
+        finally:
+            owner.forget()
 
     def _update(self, update: Callable[[int, int], None], memory: GuestMemory, contents: Contents, progress: Progress | None) -> None:
         """LAUNCH_UPDATE_DATA for every run of pages, in chunks."""

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 SLOT_LOW, SLOT_HIGH, SLOT_TEST, SLOT_ABOVE_TEST = 0, 1, 2, 3
 _LEAF_SEV, _LEAF_KVM_FEATURES = 0x8000001F, 0x40000001
+_POLICY_ES = 1 << 2
 _HYPERCALL_MASK = 1 << kvm.KVM_HC_MAP_GPA_RANGE
 
 
@@ -99,6 +100,9 @@ class MachineConfig:
             raise ConfigError(f"a launch policy means nothing to a VM of type {self.type}")
         if self.policy is not None and not 0 <= self.policy < 1 << 32:
             raise ConfigError(f"policy {self.policy:#x} does not fit 32 bits")
+        if self.policy is not None and bool(self.policy & _POLICY_ES) != (self.type == "sev-es"):
+            wrong = "has the SEV-ES bit (0x4), which" if self.policy & _POLICY_ES else "lacks the SEV-ES bit (0x4), without which"
+            raise ConfigError(f"policy {self.policy:#x} {wrong} no firmware launches a guest of type {self.type}")
         if self.secret is not None and not self.type.startswith("sev"):
             raise ConfigError(f"a VM of type {self.type} has no owner who could give it a secret: use type sev")
         if self.secret is not None and not 1 <= len(self.secret) <= boot.MAX_SECRET:

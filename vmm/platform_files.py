@@ -36,10 +36,13 @@ def export_files(pdh: bytes, chain: bytes, amd: bytes) -> dict[str, bytes]:
     return files | ({"ask.cert": parts.ask, "ark.cert": parts.ark} if amd else {})
 
 
-def write(place: Path, files: Mapping[str, bytes], *, force: bool) -> None:
-    """Put files into a directory, which is made if need be. Raises `FileProblemError`."""
+def write(place: Path, files: Mapping[str, bytes], *, force: bool, make: bool = True) -> None:
+    """Put files into a directory, which is made if need be and asked for. Raises `FileProblemError`."""
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        if make:
+            place.mkdir(parents=True, exist_ok=True)
+        elif not place.is_dir():
+            raise FileProblemError(f"there is no folder {place}")
         taken = [name for name in files if os.path.lexists(place / name)]
         if taken and not force:
             raise FileProblemError(f"{place} has {', '.join(taken)} already; --force overwrites, or name another place")

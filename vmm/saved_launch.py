@@ -7,7 +7,7 @@ One JSON object, version 1 (its first key, `sevmm_launch`). Byte strings are hex
     digest      SHA-256 over all that was measured
     regions     null, or [{gpa, size, sha256, pages: [sha256 of each 4 KiB page]}], ascending
     vmsas       null, or [{vcpu, sha256, fields: {name: integer of up to 128 bits}}]: what is not zero
-    answer      null, or the firmware's {version: null or [API major, API minor, build], nonce, measure}
+    answer      null, or the firmware's (a prediction's: the one to expect) {version: null or [API major, minor, build], nonce, measure}
 
 The file holds no key and nothing a host does not know anyway. `load` also takes the object that `run --json` prints, which has no
 regions. A file is never trusted: each value is checked before it is used, and whatever is wrong ends in `SavedLaunchError`, one

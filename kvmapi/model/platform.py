@@ -8,7 +8,7 @@ below `min_sev_asid`. A VM type is on offer where its part is not empty (7.3: se
 from __future__ import annotations
 
 import os
-from functools import cached_property
+import threading
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import caps, dialects, kvm
@@ -91,6 +91,10 @@ _FIXED = {
 }
 
 
+_making = threading.Lock()
+os.register_at_fork(after_in_child=_making._at_fork_reinit)  # type: ignore[attr-defined]  # as the standard library does
+
+
 class Platform:
     """One machine. Several VMs share its firmware and its ASIDs.
 
@@ -132,13 +136,21 @@ class Platform:
         self.vmsa_features = SVM_SEV_FEAT_DEBUG_SWAP if debug_swap and self.has_sev_es else 0
         self.memlock = os.environ.get("SEVMM_MODEL_MEMLOCK") == "1" if memlock is None else memlock
         self.store = store
+        self._firmware: Firmware | None = None
+        self._firmware_of = 0  # the process whose firmware that is
 
-    @cached_property
+    @property
     def firmware(self) -> Firmware:
-        """The PSP. Made on first use: it draws keys."""
+        """The PSP. Made on first use; a forked child has another, because this one's keys stay with the parent."""
+        firmware, pid = self._firmware, os.getpid()
+        if firmware is not None and self._firmware_of == pid:
+            return firmware
         from kvmapi.model.sev.firmware import Firmware
 
-        return Firmware(self.asids, self.min_sev_asid, self.store)
+        with _making:
+            if self._firmware is None or self._firmware_of != pid:
+                self._firmware, self._firmware_of = Firmware(self.asids, self.min_sev_asid, self.store), pid
+            return self._firmware
 
     @property
     def vm_types(self) -> int:

@@ -87,6 +87,8 @@ class VcpuFile(File):
                 with self.mutex:
                     if self.dead:
                         raise Errno(errno.EBADF)
+                    if self.vm.sev.dead:  # moved away while we waited for the mutex: its registers are another VM's now
+                        raise Errno(errno.EIO)
                     if self.protected is not None:  # asked for here: it may have become so while we waited
                         return self.protected.method(number, method)(arg, caller)
                     return method(arg, caller)
@@ -291,7 +293,11 @@ class VcpuFile(File):
         if not self.vm.lock.acquire(self.cpu.kick, SLICE, leaving):
             return False
         self._holds = True
-        self.vm.physical.enter()
+        try:
+            self.vm.physical.enter()
+        except BaseException:
+            self._leave_engine()
+            raise
         return True
 
     def _leave_engine(self) -> None:

@@ -109,7 +109,7 @@ def _export(options: argparse.Namespace, rung: rungs.Rung, platform: SevPlatform
 
 def _csr(options: argparse.Namespace, rung: rungs.Rung, platform: SevPlatform) -> int:
     target = Path(options.file)
-    files.write(target.parent, {target.name: platform.pek_csr()}, force=options.force)
+    files.write(target.parent, {target.name: platform.pek_csr()}, force=options.force, make=False)
     rows = [("wrote", f"{target}: the owner signs it with the OCA key, then: sevmm platform import PEK OCA")]
     return _answer(options, rung, {"file": str(target)}, rows)
 

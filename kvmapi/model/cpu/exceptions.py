@@ -107,8 +107,8 @@ class Exceptions:
         """KVM_EXIT_INTERNAL_ERROR/EMULATION with the instruction bytes, as KVM reports what it cannot emulate."""
         cpu = self._cpu
         cpu.reason = reason
-        try:
-            code = cpu.mmu.read(cpu.registers.linear_rip, 15)
+        try:  # of an SEV-ES guest KVM has neither RIP nor code
+            code = b"" if cpu.intercepts is not None else cpu.mmu.read(cpu.registers.linear_rip, 15)
         except (Fault, Refused):
             code = b""
         words = [int.from_bytes(code[at : at + 8].ljust(8, b"\0"), "little") for at in (0, 8)]

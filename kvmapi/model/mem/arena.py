@@ -12,13 +12,15 @@ import ctypes
 import mmap
 import os
 import weakref
+from weakref import WeakSet
 
 from kvmapi.model.mem.cipher import ROOM, Workspace
 
 PAGE = 4096
 FRAMES = 512
 SYS_MEMFD_SECRET = 447  # x86-64 and the generic table
-_MADV_DONTDUMP = 16
+_MADV_DONTFORK, _MADV_DONTDUMP = 10, 16
+_MAP_FIXED = 0x10
 _FAILED = ctypes.c_void_p(-1).value
 _libc = ctypes.CDLL(None, use_errno=True)
 _mprotect = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)(("mprotect", _libc))
@@ -45,6 +47,17 @@ def _secret_mapping(size: int) -> int | None:
         os.close(fd)
 
 
+_regions: WeakSet[SecretRegion] = WeakSet()
+
+
+def _forked() -> None:
+    for region in list(_regions):
+        region.forked()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 def _ordinary_mapping(size: int) -> int:
     """The address of `size` bytes that stay out of core dumps. MemoryError when there are none."""
     address: int | None = _mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
@@ -67,6 +80,15 @@ class SecretRegion:
         whole = (ctypes.c_ubyte * size).from_address(self.address)
         weakref.finalize(whole, _munmap, self.address, size).atexit = False
         self.view = memoryview(whole).cast("B")
+        _madvise(self.address, size, _MADV_DONTFORK)
+        self._open = True
+        self.close_door()
+        _regions.add(self)
+
+    def forked(self) -> None:
+        """In a child: the memory is not shared with it. Zeroes of its own stand there, so that whoever has a view can go."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+        _mmap(self.address, self.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
         self._open = True
         self.close_door()
 

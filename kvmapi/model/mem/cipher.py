@@ -55,7 +55,11 @@ class PageCipher:
         self.vault = vault
         self.__users = 1
         self.__key = vault.hold(_KEY_SIZE)
-        self.__key.fill_random()
+        try:
+            self.__key.fill_random()
+        except BaseException:
+            self.__key.release()
+            raise
         algorithm = algorithms.AES(self.__key.view)
         xts = modes.XTS
 

@@ -82,17 +82,19 @@ class SecureMemory:
     def leave(self) -> None:
         """A vCPU leaves KVM_RUN: every changed page is ciphertext in the caller's memory before this returns."""
         writable = 0
-        for frame in self._frames.values():
-            if frame.unsaved:
-                self._store(frame)
-                writable += frame.writable
-        if len(self._frames) > _KEEP:
-            self.evict_all()
-        elif writable > _HOT:
-            self._on_flush()
-        self._inside -= 1
-        if self._inside == 0:
-            self.close()
+        try:
+            for frame in self._frames.values():
+                if frame.unsaved:
+                    self._store(frame)
+                    writable += frame.writable
+            if len(self._frames) > _KEEP:
+                self.evict_all()
+            elif writable > _HOT:
+                self._on_flush()
+        finally:
+            self._inside -= 1
+            if self._inside == 0:
+                self.close()
 
     def save_all(self) -> None:
         """No vCPU runs: every page is ciphertext in the caller's memory, and none is cached, when this returns."""
@@ -110,8 +112,8 @@ class SecureMemory:
     def _unlock(self) -> None:
         """The key is needed: once opened, the vault stays open until the last vCPU leaves."""
         if not self._keyed:
-            self._keyed = True
             self.cipher.vault.__enter__()
+            self._keyed = True
 
     # ---- during a run
     def frame(self, address: int, pointer: int, write: bool) -> Frame:

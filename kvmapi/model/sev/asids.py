@@ -9,6 +9,7 @@ sev_asid_new, sev_asid_free, __sev_recycle_asids (arch/x86/kvm/svm/sev.c, 7.3).
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from weakref import WeakKeyDictionary
 
@@ -48,6 +49,7 @@ class AsidPool:
 
 _pools: WeakKeyDictionary[Platform, AsidPool] = WeakKeyDictionary()
 _pools_lock = threading.Lock()
+os.register_at_fork(after_in_child=_pools_lock._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 def pool_of(platform: Platform) -> AsidPool:

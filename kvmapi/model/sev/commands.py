@@ -37,6 +37,7 @@ def operation(context: SevContext, arg: int, caller: Caller) -> int:
         return 0
     fields = _COMMAND.unpack(caller.memory.read(arg, _COMMAND.size))
     with context.vm.mutex:
+        context.refuse_if_dead()
         number = fields[0]
         if context.owner is not None and number not in _MIRROR_MAY:
             raise Errno(errno.EINVAL)

@@ -14,10 +14,11 @@ Source: arch/x86/kvm/svm/sev.c of 7.3, as for all modules beside this one.
 from __future__ import annotations
 
 import errno
+import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from kvmapi.abi import psp, sev
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FAMILY_LOCK = threading.Lock()
+os.register_at_fork(after_in_child=FAMILY_LOCK._at_fork_reinit)  # type: ignore[attr-defined]  # a child closes its copies of VMs
 """Protects `owner` and `mirrors` of all contexts (sev_mirror_lock)."""
 
 
@@ -64,9 +66,13 @@ class SevContext:
     # ---- what the rest of the VM asks
     def may_run(self) -> bool:
         """May a vCPU enter? A VM of an SEV type needs INIT2 first; Errno(EIO) when the VM is dead."""
+        self.refuse_if_dead()
+        return not self.need_init
+
+    def refuse_if_dead(self) -> None:
+        """Errno(EIO) for a VM that died while its ioctl waited for a mutex."""
         if self.dead:
             raise Errno(errno.EIO)
-        return not self.need_init
 
     def c_mask_offered(self, table: Table) -> int:
         """The C-bit, where the guest's CPUID makes KVM accept it in CR3."""
@@ -171,11 +177,15 @@ class Command:
         return self.memory.read(address, size)
 
     # ---- the firmware
-    def issue(self, run: Callable[[GuestContext], T]) -> T:
-        """A command about the guest, through the fd that it was started with: EBADF, or EIO with the status in `error`."""
+    def issue(self, run: Callable[[GuestContext], T], *, alone: bool = True) -> T:
+        """A command about the guest, through the fd that it was started with: EBADF, or EIO with the status in `error`.
+
+        The firmware does one command at a time; not `alone` is what may take long and no mirror can send.
+        """
         context = self.context
         self._device(context.fd)
-        return self.call(lambda: run(context.firmware.guest(context.handle)))
+        with context.firmware.lock if alone else nullcontext():
+            return self.call(lambda: run(context.firmware.guest(context.handle)))
 
     def issue_start(self, run: Callable[[], T]) -> T:
         """A command that starts a guest, through the fd that the caller names now."""

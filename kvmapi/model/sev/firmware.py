@@ -163,7 +163,7 @@ class Firmware:
             else:
                 transport.draw()
             cipher = PageCipher(self.vault) if sibling is None else sibling.cipher.shared()
-        except FirmwareError:
+        except BaseException:
             transport.forget()
             raise
         guest = GuestContext(self._next_handle, policy, state, self.vault, transport, cipher, self.identity)

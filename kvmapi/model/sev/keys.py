@@ -12,6 +12,7 @@ It is no guest's and no platform's key, and the only one that may leave a trace 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -162,7 +163,15 @@ class Root:
                 cls._of_this_process = cls()
             return cls._of_this_process
 
+    @classmethod
+    def forked(cls) -> None:
+        """A child's first platform makes a root of its own: this one's key stayed with the parent."""
+        cls._of_this_process, cls._making = None, threading.Lock()
+
     def sign(self, certificate: c.sev_cert) -> None:
         """Put the ASK's signature into a chip's certificate."""
         with in_use(self._vault, self._key) as private:
             certs.sign_cert_by_ask(certificate, private)
+
+
+os.register_at_fork(after_in_child=Root.forked)

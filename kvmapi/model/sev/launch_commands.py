@@ -64,7 +64,7 @@ def _update_data(command: Command) -> None:
     context.pins.check_range(address, size, command.caller)
     pieces = context.vm.launch_pieces(address, size)
     with context.guest_memory():
-        command.issue(lambda guest: stream.update_pieces(guest, address, size, pieces))
+        command.issue(lambda guest: stream.update_pieces(guest, address, size, pieces), alone=False)
 
 
 # ---- LAUNCH_UPDATE_VMSA

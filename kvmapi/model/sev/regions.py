@@ -85,6 +85,7 @@ def register(context: SevContext, arg: int, caller: Caller) -> int:
     """KVM_MEMORY_ENCRYPT_REG_REGION: EFAULT, ENOTTY on a VM that is no guest, EINVAL on a mirror, then as any pin."""
     address, size = _REGION.unpack(caller.memory.read(arg, _REGION.size))
     with context.vm.mutex:
+        context.refuse_if_dead()
         _require_guest(context)
         if context.owner is not None:
             raise Errno(errno.EINVAL)
@@ -98,6 +99,7 @@ def unregister(context: SevContext, arg: int, caller: Caller) -> int:
     if context.owner is not None:
         raise Errno(errno.EINVAL)
     with context.vm.mutex:
+        context.refuse_if_dead()
         _require_guest(context)
         if not context.pins.registered(address, size):
             raise Errno(errno.EINVAL)

@@ -81,6 +81,7 @@ def _take_key(target: SevContext, source: SevContext) -> None:
 def copy_from(target: SevContext, fd: int, caller: Caller) -> None:
     """KVM_CAP_VM_COPY_ENC_CONTEXT_FROM: make `target` a mirror of the VM behind `fd`."""
     with _source(fd, caller) as source, _both(target, source):
+        target.refuse_if_dead()
         if target.active or not _usable(source) or source.owner is not None or target.vm.vcpus:
             raise Errno(errno.EINVAL)
         with source.vm.paused(), target.vm.paused():
@@ -98,6 +99,7 @@ def copy_from(target: SevContext, fd: int, caller: Caller) -> None:
 def move_from(target: SevContext, fd: int, caller: Caller) -> None:
     """KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM: `target` takes the place of the VM behind `fd`, which is dead afterwards."""
     with _source(fd, caller) as source, _both(target, source):
+        target.refuse_if_dead()
         if target.vm.type != source.vm.type or target.active or not _usable(source):
             raise Errno(errno.EINVAL)
         with ExitStack() as stack:

@@ -14,9 +14,12 @@ the firmware's RESOURCE_LIMIT.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 from kvmapi.abi import psp
 from kvmapi.model.mem.arena import PAGE, SecretRegion
@@ -25,6 +28,16 @@ from kvmapi.model.sev.status import FirmwareError
 
 _SIZE = 64 * 1024
 _GRAIN = 16
+_getrandom = ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)(("getrandom", ctypes.CDLL(None)))
+_vaults: WeakSet[Vault] = WeakSet()
+
+
+def _forked() -> None:
+    for vault in list(_vaults):
+        vault.forked()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 class Secret:
@@ -46,8 +59,8 @@ class Secret:
 
     def fill_random(self) -> None:
         """Draw it, straight from the kernel into its place."""
-        with self._vault.opened(), open("/dev/urandom", "rb", buffering=0) as source:
-            if source.readinto(self.view) != self.size:
+        with self._vault.opened():
+            if _getrandom(ctypes.addressof(ctypes.c_char.from_buffer(self.view)), self.size, 0) != self.size:
                 raise FirmwareError(psp.SEV_RET_HWSEV_RET_PLATFORM)
 
     def set(self, data: bytes | bytearray | memoryview) -> None:
@@ -77,6 +90,11 @@ class Vault:
         self._room = SecretRegion(-(-ROOM // PAGE) * PAGE)
         self._work = Workspace(self._room.view[:ROOM])
         self._busy = threading.Lock()
+        _vaults.add(self)
+
+    def forked(self) -> None:
+        """The process is a child now, and the keys are its parent's: what stands here is zero, and nobody is inside."""
+        self._lock, self._busy, self._depth = threading.Lock(), threading.Lock(), 0
 
     @property
     def secret(self) -> bool:
@@ -108,6 +126,7 @@ class Vault:
             try:
                 yield self._work
             finally:
+                self._work.hidden[:] = bytes(ROOM)  # a part of a unit brings back what was decrypted before it
                 self._room.close_door()
 
     def hold(self, size: int) -> Secret:
