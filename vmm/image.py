@@ -122,7 +122,11 @@ def _check_place(name: str, gpa: int, size: int) -> None:
     if gpa < IMAGE_BASE:
         raise ImageError(f"{name}: a segment at {gpa:#x} overlaps low memory, where our tables are; link it at {IMAGE_BASE:#x} or above")
     if size > IMAGE_LIMIT - gpa:
-        raise ImageError(f"{name}: too big: a segment ends at {gpa + size:#x}, above {IMAGE_LIMIT:#x} (3 MiB of image)")
+        what = "linked too high" if gpa >= IMAGE_LIMIT else "too big"
+        raise ImageError(
+            f"{name}: {what}: a segment at {gpa:#x} ends at {gpa + size:#x}, and a guest lies between {IMAGE_BASE:#x} and {IMAGE_LIMIT:#x};"
+            f" link it there (gcc -static -no-pie -Wl,-Ttext={IMAGE_BASE:#x} -Wl,--build-id=none)"
+        )
 
 
 class _Elf:

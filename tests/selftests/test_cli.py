@@ -143,6 +143,9 @@ def test_ctrl_c_ends_everything(tree: Path) -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20 * PATIENCE)
     assert process.returncode == 130 and "interrupted" in err and "Bail out!" in out
+    deadline = time.monotonic() + 20 * PATIENCE  # one that was just being started ends by itself, when its pipe does
+    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in workers):
+        time.sleep(0.01)
     assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []
 
 

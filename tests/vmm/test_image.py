@@ -72,7 +72,7 @@ def test_a_flat_image_is_told_by_its_name(tmp_path: Path) -> None:
         (elf(gpa=0x8000), "overlaps low memory"),
         (elf(memory=4 << 20), "too big"),
         (elf(memory=1 << 63), "too big"),
-        (elf(gpa=(1 << 64) - 0x1000, memory=0x2000), "too big"),
+        (elf(gpa=(1 << 64) - 0x1000, memory=0x2000), "linked too high"),
         (elf(memory=4), "corrupt"),
         (elf(entry=0x5000), "entry point"),
     ],

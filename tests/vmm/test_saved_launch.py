@@ -135,11 +135,13 @@ def test_a_run_saves_its_launch_and_none_of_its_keys(model_host: Any, tmp_path: 
     from kvmapi.session import OwnerSession
 
     keys: list[bytes] = []
+    owners: list[OwnerSession] = []
     create = OwnerSession.create.__func__  # type: ignore[attr-defined]
 
     def watched(cls: type[OwnerSession], pdh: bytes, policy: int) -> OwnerSession:
         owner: OwnerSession = create(cls, pdh, policy)
-        keys.extend((owner.tek, owner.tik))
+        keys.extend(bytes(bytearray(key)) for key in (owner.tek, owner.tik))  # copies: the launch wipes its own
+        owners.append(owner)
         return owner
 
     monkeypatch.setattr(OwnerSession, "create", classmethod(watched))
@@ -152,6 +154,7 @@ def test_a_run_saves_its_launch_and_none_of_its_keys(model_host: Any, tmp_path: 
     assert found.mac(keys[1], found.answer.nonce, found.answer.version) == report.launch.measure
     text = path.read_text() + report.dumps() + repr(report)
     assert keys and not any(key.hex() in text or repr(key) in text for key in keys)
+    assert [owner.tek + owner.tik for owner in owners] == [bytes(32)]
 
 
 @pytest.mark.model

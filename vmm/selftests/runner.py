@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -88,6 +89,9 @@ class _Order(NamedTuple):
     on: str
     timeout: float | None
     package: str
+
+
+_DUMP = re.compile(r"^Timeout \(\d+:\d\d:\d\d", re.MULTILINE)  # how faulthandler begins when the limit is over
 
 
 class _Worker:
@@ -170,6 +174,8 @@ class _Worker:
         self._words.seek(0, os.SEEK_END)
         self._words.seek(max(0, self._words.tell() - _LAST_WORDS))
         words = self._words.read().decode("utf-8", "replace").strip()
+        if not timed_out and _DUMP.search(words):  # it was being asked for its stacks, which can kill a process that is just importing
+            text, timed_out = f"did not end within {self._limit:g} s ({text})", True
         item, self.item = self.item, None
         self._release()
         if item is None:
