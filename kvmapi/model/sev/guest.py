@@ -154,11 +154,7 @@ class GuestContext:
         self.require(sev.SEV_STATE_SEND_UPDATE)
         _check_page_part(address, len(ciphertext))
         with self.__vault.working() as work:
-            plain = self.cipher.decrypt_part(address, ciphertext, work)
-            try:
-                return self.__transport.encrypt(CONTEXT_DATA, plain)
-            finally:
-                plain[:] = bytes(len(plain))
+            return self.__transport.encrypt(CONTEXT_DATA, self.cipher.decrypt_part(address, ciphertext, work))
 
     def send_finish(self) -> None:
         """SEND_FINISH: this copy of the guest never runs again."""
@@ -188,12 +184,8 @@ class GuestContext:
         """From the transport's ciphertext to memory's, with the plaintext in the vault only."""
         at = address % UNIT
         with self.__vault.working() as work:
-            plain = work.hidden[at : at + len(trans)]
-            try:
-                self.__transport.decrypt(header, trans, work.hidden[at : at + len(trans) + SLACK])
-                return bytes(self.cipher.encrypt_part(address, plain, work))
-            finally:
-                plain[:] = bytes(len(plain))
+            self.__transport.decrypt(header, trans, work.hidden[at : at + len(trans) + SLACK])
+            return bytes(self.cipher.encrypt_part(address, work.hidden[at : at + len(trans)], work))
 
     # ---- debugging
     def _debuggable(self, address: int, size: int) -> None:

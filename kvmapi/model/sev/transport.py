@@ -85,13 +85,10 @@ class Transport:
                 room = work.hidden[: KEYS_SIZE + SLACK]
                 _ctr(memoryview(kek), bytes(blob.wrap_iv), wrapped, room)
                 tek, tik = room[: crypto.KEY_SIZE], room[crypto.KEY_SIZE : KEYS_SIZE]
-                try:
-                    if not hmac.compare_digest(_policy_mac(tik, policy), bytes(blob.policy_mac)):
-                        raise FirmwareError(psp.SEV_RET_BAD_MEASUREMENT)
-                    self._tek.set(tek)
-                    self._tik.set(tik)
-                finally:
-                    room[:] = bytes(len(room))
+                if not hmac.compare_digest(_policy_mac(tik, policy), bytes(blob.policy_mac)):
+                    raise FirmwareError(psp.SEV_RET_BAD_MEASUREMENT)
+                self._tek.set(tek)
+                self._tik.set(tik)
         finally:
             wipe(kek)
             wipe(kik)
@@ -106,7 +103,6 @@ class Transport:
                 room = work.hidden[:KEYS_SIZE]
                 room[: crypto.KEY_SIZE], room[crypto.KEY_SIZE :] = self._tek.view, self._tik.view
                 _ctr(memoryview(kek), iv, room, memoryview(wrapped))
-                room[:] = bytes(KEYS_SIZE)
                 mac = _policy_mac(self._tik.view, policy)
             ciphertext = bytes(wrapped[:KEYS_SIZE])
             return nonce + ciphertext + iv + crypto.mac(kik, ciphertext) + mac

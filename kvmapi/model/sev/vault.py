@@ -120,7 +120,7 @@ class Vault:
 
     @contextmanager
     def working(self) -> Iterator[Workspace]:
-        """A context with the vault open and room for one command's plaintext in passing, which the command wipes; one at a time."""
+        """A context with the vault open and room for one command's plaintext in passing, wiped at the end; one at a time."""
         with self._busy, self:
             self._room.open_door()
             try:
