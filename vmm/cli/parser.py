@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from vmm.cli import sev_values, status, values
@@ -80,26 +79,10 @@ class _Version(argparse.Action):
     """`--version`, looked up only when asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from vmm.version import version
+
         print(f"sevmm {version()}")
         parser.exit()
-
-
-def version() -> str:
-    """The version of this tree (its pyproject.toml), or of the installed distribution."""
-    import tomllib
-
-    try:
-        project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-        if project["name"] == "sevmm":
-            return str(project["version"])
-    except (OSError, KeyError, tomllib.TOMLDecodeError):
-        pass  # not a tree: an installed wheel
-    from importlib import metadata
-
-    try:
-        return metadata.version("sevmm")
-    except metadata.PackageNotFoundError:
-        return "of unknown version (neither a source tree nor an installed distribution)"
 
 
 def build_parser() -> Parser:
