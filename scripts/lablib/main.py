@@ -227,6 +227,7 @@ def do_selftests(options: argparse.Namespace) -> int:
     try:
         selftests.run(box, folder, names, options.limit, table, _interpreter())
     finally:
+        selftests.keep(resolved, table.rows)
         if options.json:
             print(json.dumps(table.as_json(), indent=1))
         say(f"selftests of {resolved['version']}: {table.summary()}")

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lablib import kernel, machine, packages, source
-from lablib.cache import Result, Step, remove
+from lablib.cache import Result, Step, remove, write_json
 from lablib.initrd import Job
 from lablib.words import Failure, Progress, run_logged, say
 
@@ -173,6 +173,21 @@ class Table:
 
     def as_json(self) -> list[dict[str, object]]:
         return [{**asdict(row), "limit": LIMITS[row.test] if row.limited else None} for row in self.rows]
+
+
+def keep(resolved: Result, rows: list[Row]) -> None:
+    """Remember verdicts beside the binaries, for scripts/selftests-exec to show."""
+    path = selftests_step(resolved).directory / "verdicts.json"
+    write_json(path, {**kept(resolved), **{row.test: f"{row.verdict} {row.seconds:.1f}" for row in rows}})
+
+
+def kept(resolved: Result) -> dict[str, str]:
+    """What `keep` has remembered of these binaries: test -> "verdict seconds"."""
+    try:
+        found = json.loads((selftests_step(resolved).directory / "verdicts.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return {str(test): str(line) for test, line in found.items()} if isinstance(found, dict) else {}
 
 
 def show_row(row: Row) -> None:
