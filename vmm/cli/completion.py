@@ -18,12 +18,20 @@ _sevmm_guests() {{
   compgen -W "{names}" -- "$1"
   compgen -f -- "$1"
 }}
+_sevmm_program() {{
+  compgen -c -- "$1"
+  compgen -f -- "$1"
+}}
 """
 _ZSH = """\
 _sevmm_guests() {{
   local -a names
   names=({names})
   _describe 'bundled guest' names
+  _files
+}}
+_sevmm_program() {{
+  _command_names -e
   _files
 }}
 """

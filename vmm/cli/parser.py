@@ -1,6 +1,6 @@
 """The grammar of the command line: verbs, options, defaults. What a verb does is in its own file.
 
-Options that the architecture names for later (`--gdb`, `--shell`, `--record`, `--map`) are not offered before they work.
+Options that the architecture names for later (`--gdb`, `--shell`, `--map`, `--record` of `run`) are not offered before they work.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from vmm.cli import sev_values, status, values
+from vmm.cli import exec_options, sev_values, status, values
 
 TYPES = ("plain", "sw-protected", "sev", "sev-es")
 SEV_TYPES = ("sev", "sev-es")
@@ -99,6 +99,7 @@ def build_parser() -> Parser:
     _add_doctor(verbs)
     _add_guests(verbs)
     _add_run(verbs)
+    exec_options.add(_verb, verbs, (*DIALECTS, *TESTED_DIALECTS))
     _add_measure(verbs)
     _add_platform(verbs)
     _add_selftest(verbs)

@@ -1,0 +1,53 @@
+"""`sevmm exec`: hand the program to the supervisor, and its exit status to the shell.
+
+stdin, stdout and stderr are the program's; what this side has to say goes to stderr, a line that begins with `sevmm exec:`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from vmm.cli import status
+from vmm.exec.options import RECORD_LIMIT, CannotExec, ExecOptions
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the program to its end."""
+    words = options.words[1:] if options.words[:1] == ["--"] else options.words
+    if not words:
+        return _refuse("which program? sevmm exec -- PROGRAM [ARG...]", status.USAGE)
+    if options.record_limit is not None and options.record is None:
+        return _refuse("--record-limit goes with --record FILE", status.USAGE)
+    if options.record is not None and (fault := _unwritable(options.record)):
+        return _refuse(f"{options.record} cannot be written: {fault}", status.USAGE)
+    asked = ExecOptions(
+        argv=tuple(words),
+        machine=options.platform,
+        dialect=options.dialect,
+        fallthrough=options.fallthrough,
+        record=None if options.record is None else Path(options.record),
+        record_limit=options.record_limit or RECORD_LIMIT,
+        verbose=options.verbose,
+    )
+    from vmm.exec import supervisor
+
+    try:
+        return supervisor.run(asked)
+    except CannotExec as reason:
+        return _refuse(f"this host cannot: {reason}", status.UNSUPPORTED)
+
+
+def _unwritable(path: str) -> str:
+    """Why a recording cannot go there; better known before the program runs."""
+    try:
+        with open(path, "ab"):
+            return ""
+    except OSError as failure:
+        return (failure.strerror or str(failure)).lower()
+
+
+def _refuse(text: str, code: int) -> int:
+    print(f"sevmm exec: {text}", file=sys.stderr)
+    return code

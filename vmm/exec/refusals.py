@@ -1,0 +1,81 @@
+"""Why a host cannot run the supervisor, and what to change: words for what the kernel answered.
+
+Three things can be forbidden: seccomp user notification (old kernels, containers, a supervisor that is there already), reading
+and writing the program's memory, and stopping its threads for the moment in which guest RAM becomes shared (both Yama's and the
+containers' business). Facts: kernel/seccomp.c, Documentation/admin-guide/LSM/Yama.rst.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+
+from kvmapi.words import errno_words
+from vmm.exec.options import CannotExec
+
+OLDEST = (5, 19)
+"""The first kernel with SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV."""
+
+CONTAINERS = (
+    "docker and podman: --security-opt seccomp=unconfined, or a profile that allows seccomp(2) and prctl(2);"
+    " Kubernetes: securityContext.seccompProfile.type: Unconfined; systemd: SystemCallFilter without ~@privileged, or with seccomp added"
+)
+_PTRACE = (
+    "docker and podman: --cap-add SYS_PTRACE or --security-opt seccomp=unconfined; Kubernetes: securityContext.capabilities.add SYS_PTRACE"
+)
+_YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+_STATUS = Path("/proc/self/status")
+
+
+def install_refused(number: int, status: Path = _STATUS) -> CannotExec:
+    """seccomp(2) with a new listener failed with errno `number`."""
+    release = os.uname().release
+    if number == errno.EBUSY:
+        return CannotExec(
+            "this process is supervised through seccomp user notification already: by another sevmm exec around this one"
+            " (leave one of them out), or by the container's runtime (a seccomp profile without SCMP_ACT_NOTIFY)"
+        )
+    if number == errno.EINVAL or (number == errno.ENOSYS and not filtered(status)):
+        old = _version(release) < OLDEST
+        what = f"Linux {release} is too old" if old else f"Linux {release} was built without it (CONFIG_SECCOMP_FILTER)"
+        return CannotExec(f"it needs seccomp user notification of Linux {OLDEST[0]}.{OLDEST[1]} or later; {what}")
+    if number in (errno.EPERM, errno.ENOSYS, errno.EACCES):
+        where = "a seccomp filter around this process" if filtered(status) else "a security policy"
+        return CannotExec(f"{where} forbids seccomp user notification: {errno_words(number)}; allow it: {CONTAINERS}")
+    return CannotExec(f"seccomp user notification failed: {errno_words(number)}")
+
+
+def memory_refused(number: int, yama: Path = _YAMA) -> CannotExec:
+    """The program's memory, or its threads, cannot be reached: errno `number` of process_vm_readv or ptrace."""
+    scope = _scope(yama)
+    if scope >= 3:
+        return CannotExec(
+            f"Yama forbids it to reach the program's memory (kernel.yama.ptrace_scope is {scope}, and stays so until a reboot):"
+            " boot without that setting; 0, 1 and 2 with CAP_SYS_PTRACE will do"
+        )
+    if scope == 2:
+        return CannotExec("Yama lets only CAP_SYS_PTRACE reach a program's memory: sysctl kernel.yama.ptrace_scope=1, or run as root")
+    return CannotExec(f"the program's memory cannot be reached: {errno_words(number)}; in a container, allow it: {_PTRACE}")
+
+
+def filtered(status: Path = _STATUS) -> bool:
+    """Is this process under a seccomp filter itself?"""
+    try:
+        lines = status.read_text().splitlines()
+    except OSError:
+        return False
+    return any(line.split() == ["Seccomp:", "2"] for line in lines)
+
+
+def _version(release: str) -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", release)
+    return (int(found[1]), int(found[2])) if found else OLDEST
+
+
+def _scope(yama: Path) -> int:
+    try:
+        return int(yama.read_text())
+    except (OSError, ValueError):
+        return 0
