@@ -19,10 +19,11 @@ import os
 import resource
 import select
 import threading
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
 
-from kvmapi.model.files import File
+if TYPE_CHECKING:
+    from kvmapi.model.files import File
 
 PAGE = 4096
 USER_TOP = 0x7FFFFFFFF000  # first address that no user mapping of a 4-level x86-64 process can have
@@ -78,6 +79,12 @@ class Memory(Protocol):
         it, so every page may be faulted in to find out.
         """
 
+    def enter(self) -> None:
+        """A guest is about to use this memory through `pointer`."""
+
+    def leave(self) -> None:
+        """It has stopped."""
+
 
 _SMALL = 512  # bytes: nearly every struct of an ioctl
 
@@ -115,17 +122,12 @@ def _address(buffer: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
-class OwnMemory:
-    """The caller is this process."""
+class ProcessMemory:
+    """Copies to and from the memory of a process, which may be another one. `pid`: one of its threads."""
 
-    def __init__(self) -> None:
-        self._pid = os.getpid()
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
         self._iovec = _Iovec()
-        _own.add(self)
-
-    def forked(self) -> None:
-        """The process is another one now: a child."""
-        self._pid = os.getpid()
 
     def _copy(self, function: object, local: int, address: int, size: int) -> int:
         iovec = self._iovec
@@ -158,8 +160,26 @@ class OwnMemory:
         if self._copy(_writev, _address(buffer), address, len(buffer)) != len(buffer):
             raise Errno(errno.EFAULT)
 
+
+class OwnMemory(ProcessMemory):
+    """The caller is this process."""
+
+    def __init__(self) -> None:
+        super().__init__(os.getpid())
+        _own.add(self)
+
+    def forked(self) -> None:
+        """The process is another one now: a child."""
+        self._pid = os.getpid()
+
     def pointer(self, address: int, size: int) -> int:
         return address
+
+    def enter(self) -> None:
+        """Nothing to do: the guest uses the very memory."""
+
+    def leave(self) -> None:
+        """Nothing to do."""
 
     def accessible(self, address: int, write: bool) -> bool:
         # Populating the page faults it in as an access would, and changes nothing. Kernels before 5.14 lack it: then
@@ -220,6 +240,11 @@ def own_eventfd(fd: int) -> EventFd:
         raise Errno(errno.EBADF) from None
     except OSError as failure:
         raise Errno(failure.errno or errno.EBADF) from None
+    return held_eventfd(copy)
+
+
+def held_eventfd(copy: int) -> EventFd:
+    """An EventFd of `copy`, an fd of ours that it takes over. Errno(EINVAL): another kind of file; `copy` is closed."""
     try:
         key = _eventfd_id(copy)
         if key is None:
@@ -245,6 +270,10 @@ class Caller(Protocol):
     @property
     def memory(self) -> Memory:
         """Its address space."""
+
+    @property
+    def thread(self) -> int:
+        """The thread that makes the call, if it is another process's; 0: it is the one that runs this."""
 
     def file(self, fd: int) -> File:
         """The model's file behind the caller's `fd`, a `Foreign` one for an fd that is not ours, Errno(EBADF) when

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
-from kvmapi.model.placeholder import empty
+from kvmapi.model.caller import Errno
+from kvmapi.model.placeholder import StandIn, empty, sealed_empty
 
 if TYPE_CHECKING:
     from kvmapi.model.caller import Caller
@@ -95,6 +96,26 @@ class File:
     def last_fd_closed(self) -> None:
         """The caller has no fd of this file any more (others may still hold it)."""
 
+    def ioctl(self, request: int, arg: int, caller: Caller) -> int:
+        """One ioctl of `caller`: the result, or -errno. Never raises."""
+        if not self.enter():  # another thread closed it just now; from here on it stays, as fdget keeps a file
+            return -errno.EBADF
+        try:
+            handler = self.handlers.get(request)
+            if handler is None:
+                handler = self.handlers.get(request & 0xFFFFFFFF)  # the kernel looks at the low 32 bits
+                if handler is None:
+                    return -self.unknown_errno()
+            return handler(arg, caller)
+        except Errno as failure:
+            return -failure.number
+        except OSError as failure:  # the process is out of fds (EMFILE) or memory, as the kernel would be
+            return -(failure.errno or errno.EIO)
+        except MemoryError:
+            return -errno.ENOMEM
+        finally:
+            self.release()
+
     def unknown_errno(self) -> int:
         """The errno of a request number this kind of file does not have."""
         return 25  # ENOTTY
@@ -110,6 +131,10 @@ class File:
     def placeholder(self) -> int:
         """A real fd that stands for the file in the caller's table. Raises OSError."""
         return empty(self.kind)
+
+    def stand_in(self) -> StandIn:
+        """The same for a caller in another process. Raises OSError."""
+        return sealed_empty(self.kind)
 
 
 class Foreign(File):

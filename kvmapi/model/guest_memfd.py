@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE, Errno
 from kvmapi.model.files import File
-from kvmapi.model.placeholder import closed_file
+from kvmapi.model.placeholder import StandIn, closed_file, keeps_its_size, sealed_closed
 
 if TYPE_CHECKING:
     from kvmapi.model.memslots import Slot
@@ -70,7 +70,7 @@ class GuestMemfdFile(File):
         self._open = 1  # the fd and the mappings
         self._bindings: list[tuple[int, int, Slot]] = []  # (first page, pages, slot), by page; they do not overlap
         self._memory: mmap.mmap | None = None
-        self._fd = os.memfd_create("sevmm:guest-memory", os.MFD_CLOEXEC)
+        self._fd = os.memfd_create("sevmm:guest-memory", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self._fd, size)
         except OSError as failure:
@@ -80,6 +80,17 @@ class GuestMemfdFile(File):
 
     def placeholder(self) -> int:
         return closed_file(self.kind, self.bytes_)
+
+    def stand_in(self) -> StandIn:
+        """What can be mapped is mapped by the caller's own mmap: the memory itself, or a file without a page."""
+        if not self.mappable:
+            return sealed_closed(self.kind, self.bytes_)
+        if self.flags & kvm.GUEST_MEMFD_FLAG_INIT_SHARED:
+            keeps_its_size(self._fd)
+            return StandIn(os.dup(self._fd), guarded=True)
+        empty = os.memfd_create("sevmm:private", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        keeps_its_size(empty)
+        return StandIn(empty, guarded=True)
 
     @property
     def mappable(self) -> bool:

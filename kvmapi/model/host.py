@@ -10,11 +10,28 @@ import errno
 import mmap
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from kvmapi.model.caller import Errno, EventFd, OwnMemory, own_eventfd, own_memlock_limit
 from kvmapi.model.files import File, Foreign
 
-_DEVICES = ("/dev/kvm", "/dev/sev")
+if TYPE_CHECKING:
+    from kvmapi.model.platform import Platform
+
+DEVICES = ("/dev/kvm", "/dev/sev")
+
+
+def device(platform: Platform, path: str, flags: int) -> File:
+    """A new open of one of `DEVICES`; `flags` are open's. Errno(ENOENT): the machine has no SEV."""
+    if path == "/dev/kvm":
+        from kvmapi.model.system import KvmDevice
+
+        return KvmDevice(platform)
+    if not platform.has_sev:
+        raise Errno(errno.ENOENT)
+    from kvmapi.model.sev.device import SevDevice
+
+    return SevDevice(platform, writable=flags & os.O_ACCMODE != os.O_RDONLY)
 
 
 class ModelHost:
@@ -27,29 +44,19 @@ class ModelHost:
 
         self.platform = platform if isinstance(platform, Platform) else Platform()
         self.memory = OwnMemory()
+        self.thread = 0  # calls are made by the thread that runs the model
         self._files: dict[int, tuple[File, int]] = {}
         self._foreign = Foreign()
 
     # ---- the seam
     def open(self, path: str, flags: int) -> int:
         """Open /dev/kvm or /dev/sev of the modelled machine; ENOENT for anything else."""
-        if path not in _DEVICES:
+        if path not in DEVICES:
             raise FileNotFoundError(errno.ENOENT, "the model has /dev/kvm and /dev/sev only", path)
-        if path == "/dev/sev" and not self.platform.has_sev:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         try:
-            return self.install(self._device(path, flags))
+            return self.install(device(self.platform, path, flags))
         except Errno as failure:
             raise OSError(failure.number, os.strerror(failure.number), path) from None
-
-    def _device(self, path: str, flags: int) -> File:
-        if path == "/dev/kvm":
-            from kvmapi.model.system import KvmDevice
-
-            return KvmDevice(self.platform)
-        from kvmapi.model.sev.device import SevDevice
-
-        return SevDevice(self.platform, writable=flags & os.O_ACCMODE != os.O_RDONLY)
 
     def close(self, fd: int) -> None:
         """Close one of the model's fds; another fd (a memfd, say) is closed as os.close does."""
@@ -63,24 +70,7 @@ class ModelHost:
         entry = self._files.get(fd)
         if entry is None:
             return self._not_ours(fd)
-        file = entry[0]
-        if not file.enter():  # another thread closed it just now; from here on it stays, as fdget keeps a file
-            return -errno.EBADF
-        try:
-            handler = file.handlers.get(request)
-            if handler is None:
-                handler = file.handlers.get(request & 0xFFFFFFFF)  # the kernel looks at the low 32 bits
-                if handler is None:
-                    return -file.unknown_errno()
-            return handler(arg, self)
-        except Errno as failure:
-            return -failure.number
-        except OSError as failure:  # the process is out of fds (EMFILE) or memory, as the kernel would be
-            return -(failure.errno or errno.EIO)
-        except MemoryError:
-            return -errno.ENOMEM
-        finally:
-            file.release()
+        return entry[0].ioctl(request, arg, self)
 
     def runner(self, fd: int) -> Callable[[], int]:
         """KVM_RUN on one vCPU without the look-ups of `ioctl`: the same answers, for run loops."""

@@ -13,6 +13,7 @@ import os
 import struct
 
 from kvmapi.abi import kvm
+from kvmapi.model.placeholder import StandIn, keeps_its_size
 
 SIZE = 3 * mmap.PAGESIZE
 PIO_OFFSET = mmap.PAGESIZE
@@ -27,8 +28,9 @@ class RunPage:
     """kvm_run in a memfd of its own, so that the VMM's mapping and ours are the same memory."""
 
     def __init__(self) -> None:
-        self._fd = os.memfd_create("sevmm:kvm_run", os.MFD_CLOEXEC)
+        self._fd = os.memfd_create("sevmm:kvm_run", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self._fd, SIZE)
+        keeps_its_size(self._fd)
         self.memory = mmap.mmap(self._fd, SIZE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.kick = memoryview(self.memory)[KICK : KICK + 1]
@@ -41,6 +43,10 @@ class RunPage:
         if offset + length > SIZE:
             raise OSError(22, "Invalid argument")
         return mmap.mmap(self._fd, length, flags=flags, prot=prot, offset=offset)
+
+    def stand_in(self) -> StandIn:
+        """Another process maps the very file."""
+        return StandIn(os.dup(self._fd))
 
     def destroy(self) -> None:
         """The last holder is gone. The VMM's own mapping, if any is left, keeps its memory."""

@@ -9,17 +9,23 @@ before it returns: EINTR, and the handler has run.
 KVM_SET_SIGNAL_MASK replaces the mask that decides what interrupts; the signals it alone lets through stay pending
 afterwards, as the kernel leaves them. Latency is at most two looks of the watcher (10 ms). Where immediate_exit is
 set too, the guest leaves at its next block.
+
+A vCPU may be run for a thread of another process, which waits in its own KVM_RUN (`sevmm exec`). Its signals stay pending
+by themselves until the call is answered; the watcher reads that thread's sets.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import signal
 import threading
 from typing import Protocol
 
 LOOK = 0.005  # seconds between two looks
+_SIBLING_LOOKS = 10  # every how many looks a foreign thread's siblings are looked at
+_MAX_SIBLINGS = 64
 _SIG_SETMASK = 2
 _SET_SIZE = 128  # sizeof(sigset_t) of glibc and musl
 # Synchronous faults are not held back: blocked, they would end the process without a trace.
@@ -57,19 +63,24 @@ class Inside:
         self.runs = 0  # counts entries: the watcher looks at a run it has seen before
         self.seen = -1
         self.interrupted = False
+        self.foreign = False
+        self._looks = 0
         self.mask: int | None = None  # KVM_SET_SIGNAL_MASK: bit n-1 set, signal n does not interrupt
 
-    def enter(self) -> None:
-        """KVM_RUN begins in this thread."""
-        _set_mask(_SIG_SETMASK, _BLOCKED_AT, self._old_at)
+    def enter(self, thread: int = 0) -> None:
+        """KVM_RUN begins in this thread, or for `thread` of another process, which waits in its system call."""
+        self.foreign = thread != 0
+        if not thread:
+            _set_mask(_SIG_SETMASK, _BLOCKED_AT, self._old_at)
         self.interrupted = False
         self.runs += 1
-        self.thread = threading.get_native_id()
+        self.thread = thread or threading.get_native_id()
 
     def leave(self) -> None:
         """KVM_RUN ends: what is pending is delivered here."""
         self.thread = 0
-        _set_mask(_SIG_SETMASK, self._old_at, None)
+        if not self.foreign:
+            _set_mask(_SIG_SETMASK, self._old_at, None)
 
     def look(self) -> None:
         """The watcher's look: does a signal wait that this thread would take?"""
@@ -77,21 +88,47 @@ class Inside:
         if not thread or runs != self.seen:
             self.seen = runs
             return
-        status = _status(thread)
-        blocked = self.mask if self.mask is not None else int.from_bytes(self._old.raw[:8], "little")
-        waiting = (status.get("SigPnd", 0) | status.get("ShdPnd", 0)) & ~blocked & ~status.get("SigIgn", 0)
+        if self.foreign:
+            waiting = self._waits_elsewhere(thread)
+        else:
+            status = _status(f"/proc/self/task/{thread}/status")
+            waiting = self._taken(status, int.from_bytes(self._old.raw[:8], "little"))
         if waiting and self.runs == runs:
             self.interrupted = True
             self._kick[0] = 1
 
+    def _taken(self, status: dict[str, int], blocked: int) -> bool:
+        blocked = self.mask if self.mask is not None else blocked
+        return (status.get("SigPnd", 0) | status.get("ShdPnd", 0)) & ~blocked & ~status.get("SigIgn", 0) != 0
 
-def _status(thread: int) -> dict[str, int]:
-    """The signal sets of one of our threads, bit n-1 for signal n; empty when it is gone."""
+    def _waits_elsewhere(self, thread: int) -> bool:
+        """Must the call that a thread of another process waits in end: a signal, its death, or a stop of its whole process,
+        which is complete only when this thread has stopped too?
+        """
+        status = _status(f"/proc/{thread}/status")
+        if not status or self._taken(status, status["SigBlk"]):
+            return True
+        self._looks += 1
+        return self._looks % _SIBLING_LOOKS == 0 and _sibling_stopped(thread)
+
+
+def _sibling_stopped(thread: int) -> bool:
+    """Is another thread of its process stopped (job control)?"""
+    with contextlib.suppress(OSError):
+        for sibling in os.listdir(f"/proc/{thread}/task")[:_MAX_SIBLINGS]:
+            with open(f"/proc/{thread}/task/{sibling}/stat", "rb") as stat:
+                if stat.read().rpartition(b") ")[2][:1] == b"T":
+                    return True
+    return False
+
+
+def _status(path: str) -> dict[str, int]:
+    """The signal sets of a thread, bit n-1 for signal n; empty when it is gone."""
     found = {}
-    with contextlib.suppress(OSError), open(f"/proc/self/task/{thread}/status", encoding="ascii") as lines:
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             name, _, value = line.partition(":")
-            if name in ("SigPnd", "ShdPnd", "SigIgn"):
+            if name in ("SigPnd", "ShdPnd", "SigBlk", "SigIgn"):
                 found[name] = int(value, 16)
     return found
 

@@ -25,6 +25,7 @@ from kvmapi.model.cpu.cpu import KICKED, Cpu
 from kvmapi.model.cpu.privileged import HALTED
 from kvmapi.model.files import File
 from kvmapi.model.lock import SLICE
+from kvmapi.model.placeholder import StandIn
 from kvmapi.model.prefault import pre_fault
 from kvmapi.model.protected import ProtectedState
 from kvmapi.model.runpage import CR8, IMMEDIATE_EXIT, REQUEST_WINDOW, RunPage
@@ -100,6 +101,9 @@ class VcpuFile(File):
 
     def map(self, length: int, prot: int, flags: int, offset: int) -> mmap.mmap:
         return self.page.map(length, prot, flags, offset)
+
+    def stand_in(self) -> StandIn:
+        return self.page.stand_in()
 
     def destroy(self) -> None:
         # A vCPU that is inside KVM_RUN on another thread is torn down by that thread when it leaves.
@@ -200,7 +204,7 @@ class VcpuFile(File):
             with self.mutex:
                 if self.dead:
                     raise Errno(errno.EBADF)
-                self.inside.enter()
+                self.inside.enter(caller.thread)
                 try:
                     return self._run_locked()
                 finally:

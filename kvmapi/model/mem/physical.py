@@ -122,9 +122,11 @@ class Physical:
     # ---- entering and leaving KVM_RUN
     def enter(self) -> None:
         """A vCPU enters."""
+        self.memory.enter()
 
     def leave(self) -> None:
         """A vCPU leaves."""
+        self.memory.leave()
 
     # ---- pieces
     def _slot(self, gfn: int, write: bool) -> Slot:
@@ -323,12 +325,14 @@ class EncryptedPhysical(Physical):
             self.secure.mark_executed(self.home(gfn, slot))
 
     def enter(self) -> None:
+        self.memory.enter()
         if self.secure is not None:
             self.secure.enter()
 
     def leave(self) -> None:
         if self.secure is not None:
             self.secure.leave()
+        self.memory.leave()
 
     def destroy(self) -> None:
         super().destroy()

@@ -1,0 +1,118 @@
+"""The traced program as the model sees it during a system call (kvmapi.model.caller's protocols).
+
+Copies go through process_vm_readv and process_vm_writev on the waiting thread's process: they honour page protections, so
+wild pointers give EFAULT as in the kernel. What the guest itself uses is mapped here (ram.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from kvmapi.model.caller import Errno, EventFd, ProcessMemory, held_eventfd
+from kvmapi.model.files import File, Foreign
+from vmm.exec.ram import Ram
+
+if TYPE_CHECKING:
+    from vmm.exec.files import FileTable
+    from vmm.exec.notify import Listener
+
+_SYS_PIDFD_GETFD = 438
+_CAP_IPC_LOCK = 14
+_libc = ctypes.CDLL(None, use_errno=True)
+_FOREIGN = Foreign()
+
+
+class RemoteMemory(ProcessMemory):
+    """The address space of a traced process."""
+
+    def __init__(self, tgid: int) -> None:
+        super().__init__(tgid)
+        self.ram = Ram(tgid)
+        self.pointer = self.ram.pointer
+        self.accessible = self.ram.accessible
+        self.enter = self.ram.enter
+        self.leave = self.ram.leave
+
+    def _copy(self, function: object, local: int, address: int, size: int) -> int:
+        done = super()._copy(function, local, address, size)
+        if done < 0 and ctypes.get_errno() == errno.ESRCH:  # its first thread has ended, others live on
+            with contextlib.suppress(OSError, ValueError):
+                self._pid = next(int(tid) for tid in os.listdir(f"/proc/{self._pid}/task") if int(tid) != self._pid)
+                done = super()._copy(function, local, address, size)
+        return done
+
+    def pinnable(self, address: int, size: int, write: bool = True, whole: bool = False) -> bool:
+        """Could every page of [address, address+size) be pinned?"""
+        return self.ram.pinnable(address, size, write, whole)
+
+
+class Process:
+    """One traced process: what belongs to its address space. A new program image gets a new object."""
+
+    def __init__(self, tgid: int) -> None:
+        self.tgid = tgid
+        self.pidfd = os.pidfd_open(tgid)
+        self.memory = RemoteMemory(tgid)
+
+    def close(self) -> None:
+        """The process has ended, or has another image now."""
+        os.close(self.pidfd)
+        self.memory.ram.close()
+
+    def fd(self, number: int) -> int:
+        """A copy, here, of the process's fd. Errno(EBADF): nothing is open there."""
+        copy = int(_libc.syscall(_SYS_PIDFD_GETFD, self.pidfd, ctypes.c_int(number), 0))
+        if copy < 0:
+            raise Errno(ctypes.get_errno())
+        os.set_inheritable(copy, False)
+        return copy
+
+    def memlock_limit(self) -> int | None:
+        """RLIMIT_MEMLOCK in bytes, None when there is none or the process has CAP_IPC_LOCK."""
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{self.tgid}/status", encoding="utf-8", errors="replace") as status:
+                if any(line.startswith("CapEff:") and int(line.split()[1], 16) >> _CAP_IPC_LOCK & 1 for line in status):
+                    return None
+            with open(f"/proc/{self.tgid}/limits", encoding="ascii") as limits:
+                for line in limits:
+                    if line.startswith("Max locked memory"):
+                        soft = line.split()[3]
+                        return None if soft == "unlimited" else int(soft)
+        return None
+
+
+class Call:
+    """One system call of a traced program that waits for our answer: kvmapi.model.caller.Caller."""
+
+    __slots__ = ("_files", "_listener", "close_on_exec", "id", "ip", "memory", "process", "thread")
+
+    def __init__(self, listener: Listener, files: FileTable, process: Process, identity: int, tid: int, ip: int) -> None:
+        self._listener = listener
+        self._files = files
+        self.process = process
+        self.memory = process.memory
+        self.id = identity
+        self.thread = tid
+        self.ip = ip
+        self.close_on_exec = True  # as every fd of KVM is
+
+    def file(self, fd: int) -> File:
+        """The model's file behind the program's `fd`, or a Foreign one."""
+        found = self._files.look_up(self.process.tgid, self.thread, fd)
+        return found.file if found is not None else _FOREIGN
+
+    def install(self, file: File) -> int:
+        """Give the program an fd for `file`."""
+        return self._files.install(self._listener, self, file)
+
+    def eventfd(self, fd: int) -> EventFd:
+        """The program's eventfd."""
+        return held_eventfd(self.process.fd(fd))
+
+    def memlock_limit(self) -> int | None:
+        """Its pin limit."""
+        return self.process.memlock_limit() if self._files.memlock else None

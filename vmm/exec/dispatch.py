@@ -1,0 +1,363 @@
+"""What each trapped system call becomes: a question to the model, or the kernel's own business.
+
+Every handler ends the notification exactly once. The fd decides whose call it is: one that we gave (files.py) is the
+model's, everything else the kernel's. An fd of the machine's own /dev/kvm that was opened under another name is refused
+with ENODEV rather than silently used: results of two machines must not mix.
+
+Sources: Documentation/virt/kvm/api.rst for the calls on KVM's fds; virt/kvm/guest_memfd.c for those on guest_memfds.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kvmapi.abi import ioctls
+from kvmapi.model.caller import PAGE, Errno
+from kvmapi.model.guest_memfd import GuestMemfdFile
+from kvmapi.model.host import device
+from kvmapi.model.vcpu import VcpuFile
+from kvmapi.model.vm import VmFile
+from vmm.exec import filter as calls
+from vmm.exec.caller import Call, Process
+from vmm.exec.files import Entry
+from vmm.exec.notify import Notification
+from vmm.exec.paths import Fields, Paths, absolute, pack_stat
+
+if TYPE_CHECKING:
+    from vmm.exec.record import CallRecord
+    from vmm.exec.supervisor import Supervisor
+
+_PATH_MAX = 4096
+_FIRST_READ = 96  # bytes of a path that are read at once: nearly every path is shorter
+_KVM_DEVICE = os.makedev(10, 232)
+_REGIONS = (ioctls.KVM_SET_USER_MEMORY_REGION, ioctls.KVM_SET_USER_MEMORY_REGION2)
+_REGION = struct.Struct("<IIQQQ")
+_FD_FIRST = frozenset((calls.FSTAT, calls.FTRUNCATE, *calls.TRANSFERS))
+_U32 = 0xFFFFFFFF
+_AT_FDCWD = -100 & _U32
+
+Handler = Callable[[Notification], None]
+
+
+class Dispatcher:
+    """Answers notifications. Any thread may call it; calls of one program thread come one at a time."""
+
+    def __init__(self, supervisor: Supervisor, paths: Paths) -> None:
+        self._up = supervisor
+        self._files = supervisor.files
+        self._listener = supervisor.listener
+        self._paths = paths
+        self._proceed = supervisor.listener.proceed
+        self._handlers: dict[int, Handler] = {
+            calls.IOCTL: self._ioctl,
+            calls.MMAP: self._mmap,
+            calls.FALLOCATE: self._fallocate,
+            calls.MADVISE: self._madvise,
+            calls.MREMAP: self._mremap,
+            calls.EXECVE: self._exec,
+            calls.EXECVEAT: self._exec,
+            **dict.fromkeys(calls.OPENS, self._open),
+            **dict.fromkeys(calls.ASKS, self._ask),
+            **dict.fromkeys(calls.TRANSFERS, self._guarded),
+            calls.FSTAT: self._guarded,
+            calls.FTRUNCATE: self._guarded,
+        }
+
+    def __call__(self, notification: Notification) -> None:
+        """Answer one notification. Never raises."""
+        try:
+            if notification.arch != calls.AUDIT_ARCH_X86_64:
+                self._foreign_code(notification)
+            else:
+                self._handlers.get(notification.nr, self._leave)(notification)
+        except Errno as failure:
+            self._answer(notification, -failure.number)
+        except ProcessLookupError:  # killed meanwhile
+            self._answer(notification, -errno.ESRCH)
+        except Exception:
+            self._up.internal_error()
+            self._answer(notification, -errno.EIO)
+
+    def _answer(self, notification: Notification, result: int) -> None:
+        self._listener.answer(notification.id, result)
+
+    def _leave(self, notification: Notification) -> None:
+        self._proceed(notification.id)
+
+    # ---- names
+    def _path(self, notification: Notification, address: int) -> bytes:
+        """The string at `address` of the caller; empty where there is none."""
+        if not address:
+            return b""
+        memory = self._up.peek(notification.tid)
+        size = min(_FIRST_READ, PAGE - address % PAGE)
+        found = bytearray()
+        while len(found) < _PATH_MAX:
+            try:
+                found += memory.read(address + len(found), size)
+            except Errno:
+                return b""  # the kernel will find the same
+            end = found.find(b"\0")
+            if end >= 0:
+                return bytes(found[:end])
+            size = PAGE - (address + len(found)) % PAGE
+        return b""
+
+    def _named(self, n: Notification) -> str | None:
+        """The path that a call by name is about, if it is one of ours."""
+        by_itself = n.nr in (calls.OPEN, calls.ACCESS, calls.STAT, calls.LSTAT, calls.READLINK)
+        path = self._path(n, n.a0 if by_itself else n.a1)
+        if not path.endswith((b"kvm", b"sev")) and b"module/kvm" not in path:
+            return None
+        name = absolute(path, n.tid, _AT_FDCWD if by_itself else n.a0 & _U32)
+        return name if name is not None and self._paths.concerns(name) else None
+
+    def _open(self, n: Notification) -> None:
+        name = self._named(n)
+        if n.tid in self._up.fresh:
+            self._up.image_starts(n)
+        if name is None or (self._up.fallthrough is not None and self._up.fallthrough.opens(name)):
+            self._proceed(n.id)
+            return
+        if n.nr == calls.OPENAT2:
+            flags = struct.unpack("<Q", self._up.peek(n.tid).read(n.a2, 8))[0]
+        else:
+            flags = n.a1 if n.nr == calls.OPEN else n.a2
+        call = self._call(n)
+        call.close_on_exec = bool(flags & os.O_CLOEXEC)
+        result = self._opened(name, flags, call)
+        if result is None:
+            self._proceed(n.id)
+        else:
+            self._up.conclude(call, "open", {"path": name, "flags": flags}, result)
+
+    def _opened(self, name: str, flags: int, call: Call) -> int | None:
+        """The result of opening a name of ours; None: it is the kernel's to answer."""
+        try:
+            content = self._paths.parameter(name)
+            if content is not None:
+                if flags & os.O_ACCMODE != os.O_RDONLY:
+                    return -errno.EACCES
+                return self._give_file(call, content)
+            if not self._paths.is_device(name):
+                return None if self._paths.is_folder(name) else -errno.ENOENT
+            if flags & os.O_DIRECTORY:
+                return -errno.ENOTDIR
+            self._files.take_news()
+            return call.install(device(self._up.platform, name, flags))
+        except Errno as failure:
+            return -failure.number
+
+    def _give_file(self, call: Call, content: bytes) -> int:
+        fd = os.memfd_create("sevmm:parameter", os.MFD_CLOEXEC)
+        try:
+            os.write(fd, content)
+            readable = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return self._listener.add_fd(call.id, readable, close_on_exec=call.close_on_exec)
+            finally:
+                os.close(readable)
+        except OSError as failure:
+            return -(failure.errno or errno.EMFILE)
+        finally:
+            os.close(fd)
+
+    def _ask(self, n: Notification) -> None:
+        name = self._named(n)
+        if name is not None:
+            self._answer(n, self._asked(n, name))
+        elif n.nr == calls.NEWFSTATAT and n.a3 & calls.AT_EMPTY_PATH and n.a0 & _U32 != _AT_FDCWD:
+            self._guarded(n)
+        else:
+            self._proceed(n.id)
+
+    def _asked(self, n: Notification, name: str) -> int:
+        mode = self._paths.mode(name)
+        if mode is None:
+            return -errno.ENOENT
+        if n.nr in (calls.ACCESS, calls.FACCESSAT, calls.FACCESSAT2):
+            wanted = n.a1 if n.nr == calls.ACCESS else n.a2
+            return -errno.EACCES if wanted & 7 & ~(mode >> 6) else 0
+        memory = self._up.peek(n.tid)
+        if n.nr in (calls.READLINK, calls.READLINKAT):
+            return -errno.EINVAL  # no link
+        if n.nr == calls.STATX:
+            memory.write(n.a4, self._paths.statx(name))
+        else:
+            memory.write(n.a1 if n.nr in (calls.STAT, calls.LSTAT) else n.a2, self._paths.stat(name))
+        return 0
+
+    # ---- fds
+    def _call(self, n: Notification) -> Call:
+        return Call(self._listener, self._files, self._up.process_of(n.tid), n.id, n.tid, n.ip)
+
+    def _find(self, n: Notification, fd: int) -> tuple[Process, Entry | None]:
+        process = self._up.process_of(n.tid)
+        try:
+            return process, self._files.look_up(process.tgid, n.tid, fd & _U32)
+        except ProcessLookupError:  # its number belongs to another process now
+            process = self._up.process_of(n.tid, again=True)
+            return process, self._files.look_up(process.tgid, n.tid, fd & _U32)
+
+    def _ioctl(self, n: Notification) -> None:
+        process, entry = self._find(n, n.a0)
+        if entry is None:
+            self._foreign_ioctl(n, process)
+            return
+        file, request = entry.file, n.a1 & _U32
+        call = Call(self._listener, self._files, process, n.id, n.tid, n.ip)
+        record = self._up.begin(call, file, n)
+        if file.belongs_to_mm and entry.owner is not process:
+            result = -errno.EIO
+        elif isinstance(file, VcpuFile):
+            result = file.ioctl(request, n.a2, call)
+        else:
+            self._files.take_news()
+            if request in _REGIONS and isinstance(file, VmFile):
+                self._region(n, file, call, record)
+                return
+            result = file.ioctl(request, n.a2, call)
+        if record is not None:
+            self._up.end(record, result, file)
+        self._listener.answer(n.id, result)
+
+    def _region(self, n: Notification, file: VmFile, call: Call, record: CallRecord | None) -> None:
+        """A slot: what it shows of private memory becomes shared with us before the model hears of it."""
+
+        def action() -> int:
+            result = file.ioctl(n.a1 & _U32, n.a2, call)
+            if record is not None:
+                self._up.end(record, result, file)
+            return result
+
+        ram = call.process.memory.ram
+        ram.forget()
+        try:
+            _, _, _, size, address = _REGION.unpack(call.memory.read(n.a2, _REGION.size))
+        except Errno:
+            size = address = 0
+        usable = size and not (size | address) % PAGE and address + size < 1 << 47
+        if usable and ram.convertible(address, size):
+            ram.convert(self._up.hold(call), address, size, action)
+        else:
+            self._answer(n, action())
+
+    def _foreign_ioctl(self, n: Notification, process: Process) -> None:
+        fallthrough = self._up.fallthrough
+        if fallthrough is not None:
+            fallthrough.ioctl(n, process)
+            return
+        try:
+            status = os.stat(f"/proc/{process.tgid}/task/{n.tid}/fd/{n.a0 & _U32}")
+        except OSError:
+            self._proceed(n.id)
+            return
+        if stat.S_ISCHR(status.st_mode) and status.st_rdev == _KVM_DEVICE:
+            self._up.say_once("the program opened this machine's own KVM by another name than /dev/kvm: refused (ENODEV)")
+            self._answer(n, -errno.ENODEV)
+        else:
+            self._proceed(n.id)
+
+    def _mmap(self, n: Notification) -> None:
+        _, entry = self._find(n, n.a4)
+        result = 0
+        if entry is not None and not isinstance(entry.file, VcpuFile):
+            if not isinstance(entry.file, GuestMemfdFile) or not entry.file.mappable:
+                result = -errno.ENODEV
+            elif not n.a3 & calls.MAP_SHARED:
+                result = -errno.EINVAL
+        if result:
+            self._answer(n, result)
+        else:
+            self._proceed(n.id)
+
+    def _fallocate(self, n: Notification) -> None:
+        process, entry = self._find(n, n.a0)
+        if entry is None:
+            self._proceed(n.id)
+            return
+        offset, length = _signed(n.a2), _signed(n.a3)
+        result = 0
+        try:
+            entry.file.allocate(n.a1 & _U32, offset, length)
+        except Errno as failure:
+            result = -failure.number
+        except OSError as failure:
+            result = -(failure.errno or errno.EIO)
+        call = Call(self._listener, self._files, process, n.id, n.tid, n.ip)
+        self._up.conclude(call, "fallocate", {"mode": n.a1 & _U32, "offset": offset, "length": length}, result)
+
+    def _guarded(self, n: Notification) -> None:
+        """Reads, writes, fstat and truncation of an fd with a high number."""
+        _, entry = self._find(n, n.a0)
+        if entry is None or not entry.guarded:
+            self._proceed(n.id)
+            return
+        if n.nr not in (calls.FSTAT, calls.NEWFSTATAT):
+            self._answer(n, -errno.EINVAL)
+            return
+        size = entry.file.bytes_ if isinstance(entry.file, GuestMemfdFile) else 0
+        status = os.stat(f"/proc/{n.tid}/fd/{n.a0 & _U32}")
+        fields = Fields(status.st_dev, status.st_ino, stat.S_IFREG | 0o600, 1, status.st_uid, status.st_gid, 0, size)
+        self._up.peek(n.tid).write(n.a1 if n.nr == calls.FSTAT else n.a2, pack_stat(fields))
+        self._answer(n, 0)
+
+    # ---- the address space
+    def _madvise(self, n: Notification) -> None:
+        process = self._up.known(n.tid)
+        advice = n.a2 & _U32
+        if process is None:
+            self._proceed(n.id)
+        elif advice == calls.MADV_COLLAPSE:
+            entry = self._mapped(process, n.a0)
+            if entry is not None and isinstance(entry.file, GuestMemfdFile):
+                self._answer(n, -errno.EINVAL)
+            else:
+                self._proceed(n.id)
+        elif process.memory.ram.discard(n.a0, n.a1) and advice == calls.MADV_FREE:
+            self._answer(n, 0)  # the kernel frees private memory only; ours was private for the program
+        else:
+            self._proceed(n.id)
+
+    def _mapped(self, process: Process, address: int) -> Entry | None:
+        """What of ours is mapped at an address."""
+        with open(f"/proc/{process.tgid}/maps", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                span, _, _, device_, inode, *_ = line.split(None, 5)
+                first, _, end = span.partition("-")
+                if int(first, 16) <= address < int(end, 16):
+                    major, _, minor = device_.partition(":")
+                    return self._files.by_inode(os.makedev(int(major, 16), int(minor, 16)), int(inode))
+        return None
+
+    def _mremap(self, n: Notification) -> None:
+        process = self._up.known(n.tid)
+        if process is not None:
+            process.memory.ram.forget()
+        self._proceed(n.id)
+
+    def _exec(self, n: Notification) -> None:
+        self._up.new_image(n.tid)
+        self._proceed(n.id)
+
+    def _foreign_code(self, n: Notification) -> None:
+        """32-bit code: it may do what it likes, but not use the devices, whose structures the model has for 64 bits."""
+        if n.nr == calls.I386_IOCTL:
+            self._answer(n, -errno.ENOTTY)
+            return
+        path = self._path(n, n.a0 if n.nr == calls.I386_OPEN else n.a1)
+        name = absolute(path, n.tid, _AT_FDCWD if n.nr == calls.I386_OPEN else n.a0 & _U32)
+        if name is None or not self._paths.concerns(name):
+            self._proceed(n.id)
+            return
+        self._up.say_once(f"32-bit code of the program asked for {name}: only 64-bit programs are served (ENODEV)")
+        self._answer(n, -errno.ENODEV)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value

@@ -1,0 +1,155 @@
+"""Which of the model's files stands behind an fd of a traced program.
+
+An fd that we give is a memfd (kvmapi.model.placeholder.StandIn), opened anew and put into the program's table. What it
+is, is told by its inode: duplicates, copies in a forked child and fds sent over a socket need no bookkeeping. When the
+last of them is closed, and the last mapping is gone, inotify says so: that is the moment at which the kernel would
+release its file. Such news is taken in before each call that could depend on it.
+
+A process that closes a fd has queued the news when close returns, so whoever asks next sees it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvmapi.model.caller import Errno
+from kvmapi.model.files import File
+
+if TYPE_CHECKING:
+    from vmm.exec.caller import Call, Process
+    from vmm.exec.notify import Listener
+
+_IN_CLOSE = 0x8 | 0x10
+_EVENT = struct.Struct("<iIII")
+_NEWS = 64 << 10  # bytes read at once
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.inotify_add_watch.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
+Key = tuple[int, int]  # device and inode
+
+
+@dataclass(slots=True)
+class Entry:
+    """A file that some traced process has open. `owner`: the process that made it, whose memory it uses."""
+
+    file: File
+    owner: Process
+    guarded: bool
+
+
+class FileTable:
+    """All of them. `first_guarded`: from this number on the filter asks us about reads, writes and fstat."""
+
+    def __init__(self, first_guarded: int, memlock: bool = False) -> None:
+        self.memlock = memlock
+        self._first_guarded = first_guarded
+        self._entries: dict[Key, Entry] = {}
+        self._watches: dict[int, Key] = {}
+        self._lock = threading.Lock()
+        self._releasing = threading.Lock()
+        self.news = int(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
+        if self.news < 0:
+            raise OSError(ctypes.get_errno(), "inotify")
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def look_up(self, tgid: int, tid: int, fd: int) -> Entry | None:
+        """What stands behind `fd` of a thread; None: nothing of ours. Errno(EBADF): nothing is open there. ProcessLookupError:
+        the thread is not of that process.
+        """
+        try:
+            status = os.stat(f"/proc/{tgid}/task/{tid}/fd/{fd}")
+        except OSError as failure:
+            if not os.path.exists(f"/proc/{tgid}/task/{tid}"):
+                raise ProcessLookupError from None
+            raise Errno(errno.EBADF if failure.errno == errno.ENOENT else failure.errno or errno.EBADF) from None
+        return self._entries.get((status.st_dev, status.st_ino))
+
+    def by_inode(self, device: int, inode: int) -> Entry | None:
+        """The same, for a mapping."""
+        return self._entries.get((device, inode))
+
+    def install(self, listener: Listener, call: Call, file: File) -> int:
+        """A new fd of the caller for `file`: the number. The caller's fds are the file's first holder. Raises Errno."""
+        try:
+            stand_in = file.stand_in()
+        except OSError as failure:
+            file.release()
+            raise Errno(failure.errno or errno.EMFILE) from None
+        try:
+            ours = os.open(f"/proc/self/fd/{stand_in.fd}", stand_in.access | os.O_CLOEXEC)
+        finally:
+            os.close(stand_in.fd)
+        key: Key | None = None
+        try:
+            status = os.fstat(ours)
+            key = status.st_dev, status.st_ino
+            watch = int(_libc.inotify_add_watch(self.news, b"/proc/self/fd/%d" % ours, _IN_CLOSE))
+            if watch < 0:
+                raise OSError(ctypes.get_errno(), "inotify")
+            with self._lock:
+                self._entries[key] = Entry(file, call.process, stand_in.guarded)
+                self._watches[watch] = key
+            at = self._free_number(call) if stand_in.guarded else None
+            return listener.add_fd(call.id, ours, close_on_exec=call.close_on_exec, at=at)
+        except OSError as failure:
+            with self._lock:
+                if key is not None:
+                    self._entries.pop(key, None)
+            file.fd_closed()
+            raise Errno(failure.errno or errno.EMFILE) from None
+        finally:
+            os.close(ours)
+
+    def _free_number(self, call: Call) -> int:
+        """The lowest free number of those that the filter guards. OSError(EMFILE) when the table ends before."""
+        taken = {int(name) for name in os.listdir(f"/proc/{call.process.tgid}/fd")}
+        at = self._first_guarded
+        while at in taken:
+            at += 1
+        return at
+
+    def take_news(self) -> None:
+        """Release every file whose last fd was closed by now."""
+        try:
+            data = os.read(self.news, _NEWS)
+        except BlockingIOError:
+            if self._releasing.locked():  # somebody else has read it and is at it
+                with self._releasing:
+                    pass
+            return
+        with self._releasing:
+            while data:
+                self._release(data)
+                try:
+                    data = os.read(self.news, _NEWS)
+                except BlockingIOError:
+                    return
+
+    def _release(self, data: bytes) -> None:
+        at = 0
+        while at < len(data):
+            watch, _, _, length = _EVENT.unpack_from(data, at)
+            at += _EVENT.size + length
+            with self._lock:
+                key = self._watches.pop(watch, None)
+                entry = self._entries.pop(key, None) if key is not None else None
+            if key is not None:
+                _libc.inotify_rm_watch(self.news, watch)
+            if entry is not None:
+                entry.file.fd_closed()
+
+    def close(self) -> None:
+        """Nobody is left: release everything."""
+        with self._lock:
+            entries, self._entries = list(self._entries.values()), {}
+            self._watches.clear()
+        for entry in entries:
+            entry.file.fd_closed()
+        os.close(self.news)

@@ -1,0 +1,180 @@
+"""Starting the program under the filter, and living beside it without being noticed.
+
+The child installs the filter, hands the listener to us, and becomes the program: same terminal, same process group, same
+environment, same fds. We keep out of its way: signals that the terminal sends reach it by themselves, signals sent to us
+by somebody are passed on, and when it has ended we end as it did, by the same status or the same signal.
+
+We are the subreaper of all it starts: processes that outlive their parents become our children, so `wait` ends exactly
+when nobody is left who could ask us something. If we die, the program is killed: with nobody to answer, it could not even
+open a file.
+"""
+
+from __future__ import annotations
+
+import array  # noqa: F401  # socket.send_fds imports it when first used: under the filter that would wait for ourselves
+import ctypes
+import errno
+import os
+import resource
+import shutil
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable, Sequence
+
+from vmm.exec import notify
+
+NOT_EXECUTABLE, NOT_FOUND = 126, 127  # as shells have it
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
+_FROM_KERNEL = 0x80  # si_code of what the terminal sends
+_PYTHON_IGNORES = (signal.SIGPIPE, signal.SIGXFSZ)
+_PATIENCE = 2.0  # seconds until a user is told who is still running
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_FAILED = struct.Struct("<BI")  # stage, errno
+_INSTALL, _EXEC = 1, 2
+
+
+class InstallError(Exception):
+    """The filter could not be installed; `number` is the errno."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(os.strerror(number))
+        self.number = number
+
+
+def find(program: str) -> str | None:
+    """Where the shell would find it."""
+    return program if "/" in program else shutil.which(program)
+
+
+class Child:
+    """The program: `pid`, and the listener of its filter."""
+
+    def __init__(self, argv: Sequence[str], filter_code: bytes) -> None:
+        """Start `argv`. InstallError: the filter was refused. The exec itself is waited for by `wait_for_exec`, because the
+        program's first system calls need answers.
+        """
+        self._held = signal.pthread_sigmask(signal.SIG_BLOCK, {*_PASSED_ON, signal.SIGCHLD})
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        ours, theirs = socket.socketpair()
+        self.name = argv[0]
+        self.pid = os.fork()
+        if self.pid == 0:
+            ours.close()
+            self._become(argv, filter_code, theirs)
+        theirs.close()
+        self._channel = ours
+        message, fds, _, _ = socket.recv_fds(ours, _FAILED.size, 1)
+        if not fds:
+            os.waitpid(self.pid, 0)
+            raise InstallError(_FAILED.unpack(message)[1] if len(message) == _FAILED.size else errno.EIO)
+        os.set_inheritable(fds[0], False)
+        self.listener = notify.Listener(fds[0])
+
+    def _become(self, argv: Sequence[str], filter_code: bytes, channel: socket.socket) -> None:
+        """In the child. From the filter on nothing may be opened before somebody listens."""
+        stage = _INSTALL
+        try:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            for number in _PYTHON_IGNORES:
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._held)
+            path = find(argv[0])
+            listener = notify.install(filter_code)
+            socket.send_fds(channel, [b"\0"], [listener])
+            os.close(listener)
+            stage = _EXEC
+            if path is None:
+                raise FileNotFoundError(errno.ENOENT, "")
+            os.execv(path, list(argv))
+        except OSError as failure:
+            channel.sendall(_FAILED.pack(stage, failure.errno or errno.EIO))
+        except BaseException:
+            channel.sendall(_FAILED.pack(stage, errno.EIO))
+        finally:
+            os._exit(NOT_FOUND)
+
+    def exec_failure(self) -> int | None:
+        """Once somebody answers the program's calls: None when the exec succeeded, else its errno."""
+        data = self._channel.recv(_FAILED.size)
+        self._channel.close()
+        return _FAILED.unpack(data)[1] if len(data) == _FAILED.size else None
+
+    def wait(self, waiting: Callable[[], None]) -> int:
+        """Until the program and all it started have ended: the program's wait status. Signals go on to it. `waiting` is called
+        once when it has ended but others have not, after two seconds.
+        """
+        status: int | None = None
+        told = False
+        watched = {*_PASSED_ON, signal.SIGCHLD}
+        while True:
+            try:
+                pid, ended = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return status if status is not None else 0
+            if pid:
+                status = ended if pid == self.pid else status
+                continue
+            if status is None:
+                came = signal.sigwaitinfo(watched)
+            else:
+                timed = signal.sigtimedwait(watched, _PATIENCE)
+                if timed is None:
+                    if not told:
+                        waiting()
+                    told = True
+                    continue
+                came = timed
+            if came.si_signo == signal.SIGCHLD:
+                continue
+            if status is not None:
+                kill_descendants(came.si_signo if came.si_signo != signal.SIGWINCH else 0)
+            elif came.si_code != _FROM_KERNEL:  # what the terminal sent the program has got already
+                os.kill(self.pid, came.si_signo)
+
+
+def descendants() -> list[int]:
+    """Pids of all processes below us."""
+    parents: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat", "rb") as stat:
+                    parent = int(stat.read().rpartition(b")")[2].split()[1])
+            except OSError:
+                continue
+            parents.setdefault(parent, []).append(int(entry))
+    found: list[int] = []
+    todo = [os.getpid()]
+    while todo:
+        below = parents.get(todo.pop(), [])
+        found += below
+        todo += below
+    return found
+
+
+def kill_descendants(number: int) -> None:
+    """Send a signal to everything that the program started; what was asked to end once is killed."""
+    if number:
+        for pid in descendants():
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                continue
+
+
+def end_as(status: int) -> int:
+    """The exit status that equals a wait status; a death by signal is repeated, without a second core file."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(number, signal.SIG_DFL) if number not in (signal.SIGKILL, signal.SIGSTOP) else None
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+        os.kill(os.getpid(), number)
+        return 128 + number
+    return os.waitstatus_to_exitcode(status)

@@ -1,0 +1,265 @@
+"""`sevmm exec`: one program, one modelled machine, and what both need of us.
+
+The order of a life: the filter and the program (launch.py), the threads that answer (pool.py), waiting until the program
+and all it started have ended, giving everything back, and ending as the program did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+import threading
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from kvmapi.model.caller import ProcessMemory
+from kvmapi.model.files import File
+from kvmapi.model.vcpu import VcpuFile
+from vmm.exec import filter as calls
+from vmm.exec import launch
+from vmm.exec.caller import Call, Process
+from vmm.exec.dispatch import Dispatcher
+from vmm.exec.files import FileTable
+from vmm.exec.notify import Notification
+from vmm.exec.options import ExecOptions
+from vmm.exec.paths import Paths
+from vmm.exec.pool import Pool
+from vmm.exec.refusals import install_refused
+
+if TYPE_CHECKING:
+    from vmm.exec.record import CallRecord, Recorder
+
+_GUARDED_PART = 4  # the last quarter of the fd table is where guarded fds stand
+_LARGEST_TABLE = 4096
+_MANY_PROCESSES = 64
+
+
+class _Peek(ProcessMemory):
+    """Short looks at any thread's memory, one object per thread of ours."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def at(self, tid: int) -> _Peek:
+        self._pid = tid
+        return self
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.memory = _Peek()
+
+
+class Held:
+    """One waiting call whose process is about to be stopped for a moment (ram.py)."""
+
+    def __init__(self, supervisor: Supervisor, call: Call) -> None:
+        self._supervisor = supervisor
+        self._call = call
+        self.tid = call.thread
+        self.ip = call.ip
+
+    @property
+    def busy(self) -> set[int]:
+        """Threads of the process that wait in other calls."""
+        return self._supervisor.in_call(self._call.process.tgid) - {self.tid}
+
+    def add_fd(self, fd: int) -> int:
+        """Put a copy of our fd into the process's table; its number. Raises OSError."""
+        return self._supervisor.listener.add_fd(self._call.id, fd, close_on_exec=True)
+
+    def answer(self, result: int) -> bool:
+        """End the call. False: its thread is gone."""
+        return self._supervisor.listener.answer(self._call.id, result)
+
+
+class Supervisor:
+    """The state that all threads share."""
+
+    def __init__(self, options: ExecOptions) -> None:
+        from vmm.exec.record import Recorder
+
+        self.options = options
+        self.platform = options.platform()
+        self._recorder: Recorder | None = Recorder(options.record, options) if options.record is not None else None
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        table = min(soft, _LARGEST_TABLE)
+        high = table - table // _GUARDED_PART
+        self.files = FileTable(high, self.platform.memlock)
+        self.fallthrough: Any = None
+        self.fresh: set[int] = set()  # threads whose new program image has not asked anything yet
+        self._local = _Local()
+        self._processes: dict[int, Process] = {}
+        self._groups: dict[int, int] = {}  # tid -> tgid
+        self._in_call: set[int] = set()
+        self._lock = threading.Lock()
+        self._said: set[str] = set()
+        try:
+            self.child = launch.Child(options.argv, calls.program(high))
+        except launch.InstallError as failure:
+            raise install_refused(failure.number) from failure
+        self.listener = self.child.listener
+        self._dispatch = Dispatcher(self, Paths(self.platform))
+        self.pool = Pool(self.listener, self._handle)
+
+    # ---- the life
+    def run(self) -> int:
+        """Until everybody has ended. The exit status."""
+        self.pool.start()
+        failure = self.child.exec_failure()
+        status = self.child.wait(self._still_running)
+        self.pool.stop()
+        self.files.close()
+        if self._recorder is not None:
+            words = self._recorder.close()
+            if words:
+                self.say(words)
+        if self.options.verbose:
+            self.say(f"{self.pool.answered} system calls were looked at")
+        if failure is not None:
+            return self._not_started(failure)
+        return launch.end_as(status)
+
+    def _not_started(self, number: int) -> int:
+        name = self.options.argv[0]
+        found = launch.find(name)
+        if found is None or not os.path.exists(found):
+            self.say(f"{name}: there is no such program")
+            return launch.NOT_FOUND
+        self.say(f"{found} cannot be executed: {os.strerror(number).lower()}")
+        return launch.NOT_EXECUTABLE
+
+    def _still_running(self) -> None:
+        pids = launch.descendants()
+        if pids:
+            names = ", ".join(str(pid) for pid in pids[:8]) + (", ..." if len(pids) > 8 else "")
+            self.say(f"{self.child.name} has ended; what it started still runs ({names}) and is served. Ctrl-C ends it")
+
+    def _handle(self, notification: Notification) -> None:
+        self._in_call.add(notification.tid)
+        try:
+            self._dispatch(notification)
+        finally:
+            self._in_call.discard(notification.tid)
+
+    # ---- processes
+    def peek(self, tid: int) -> ProcessMemory:
+        """The memory of a thread that waits in a call, for a short look."""
+        return self._local.memory.at(tid)
+
+    def process_of(self, tid: int, *, again: bool = False) -> Process:
+        """Whose thread it is. `again`: what we remembered was wrong. ProcessLookupError: it has ended."""
+        process = None if again else self._processes.get(self._groups.get(tid, 0))
+        return process or self._look_at(tid)
+
+    def known(self, tid: int) -> Process | None:
+        """The same, for a process that has used the model before; None for others."""
+        process = self._processes.get(self._groups.get(tid, 0))
+        if process is None or not os.path.exists(f"/proc/{process.tgid}/task/{tid}"):
+            return None
+        return process
+
+    def _look_at(self, tid: int) -> Process:
+        tgid = _group_of(tid)
+        with self._lock:
+            self._groups[tid] = tgid
+            process = self._processes.get(tgid)
+            if process is None:
+                if len(self._processes) >= _MANY_PROCESSES:
+                    self._forget_dead()
+                process = self._processes[tgid] = Process(tgid)
+            return process
+
+    def _forget_dead(self) -> None:
+        for tgid in list(self._processes):
+            if not os.path.exists(f"/proc/{tgid}"):
+                self._drop(tgid)
+
+    def _drop(self, tgid: int) -> None:
+        process = self._processes.pop(tgid, None)
+        for tid in [tid for tid, group in self._groups.items() if group == tgid]:
+            self._groups.pop(tid, None)
+        if process is not None:
+            process.close()
+
+    def new_image(self, tid: int) -> None:
+        """The process is about to become another program: its memory, as we know it, ends."""
+        with contextlib.suppress(OSError):
+            tgid = _group_of(tid)
+            with self._lock:
+                self._drop(tgid)
+            self.fresh.add(tid)
+
+    def image_starts(self, notification: Notification) -> None:
+        """The first call of a new program image."""
+        self.fresh.discard(notification.tid)
+
+    def in_call(self, tgid: int) -> set[int]:
+        """Threads of a process that wait in calls now."""
+        with contextlib.suppress(OSError):
+            return {int(tid) for tid in os.listdir(f"/proc/{tgid}/task")} & self._in_call
+        return set()
+
+    def hold(self, call: Call) -> Held:
+        """The call as ram.py needs it."""
+        return Held(self, call)
+
+    # ---- the recording
+    def begin(self, call: Call, file: File, notification: Notification) -> CallRecord | None:
+        """An ioctl begins; None when nothing is recorded."""
+        if self._recorder is None:
+            return None
+        tgid = call.process.tgid
+        return self._recorder.ioctl(tgid, call.thread, file.kind, id(file), notification.a1, notification.a2, call.memory)
+
+    def end(self, record: CallRecord, result: int, file: File) -> None:
+        """It is about to be answered."""
+        if self._recorder is not None:
+            run = file.page.memory if isinstance(file, VcpuFile) and not file.dead else None
+            self._recorder.end(record, result, run)
+
+    def conclude(self, call: Call, name: str, fields: dict[str, Any], result: int) -> None:
+        """Record and answer a call that is no ioctl."""
+        if self._recorder is not None:
+            from vmm.exec.record import CallRecord
+
+            self._recorder.call(CallRecord(call.process.tgid, call.thread, name, fields=fields, result=result))
+        self.listener.answer(call.id, result)
+
+    # ---- what the user hears
+    def say(self, text: str) -> None:
+        """One line on stderr."""
+        with contextlib.suppress(OSError, ValueError):
+            print(f"sevmm exec: {text}", file=sys.stderr, flush=True)
+
+    def say_once(self, text: str) -> None:
+        """The same, but never twice."""
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
+
+    def internal_error(self) -> None:
+        """A handler failed: the program gets EIO, and the user one line."""
+        kind, failure, _ = sys.exc_info()
+        self.say_once(f"internal error, answered EIO: {kind.__name__ if kind else ''}: {failure}")
+        if os.environ.get("SEVMM_DEBUG"):
+            traceback.print_exc()
+
+
+def _group_of(tid: int) -> int:
+    """The process that a thread belongs to. ProcessLookupError: it has ended."""
+    try:
+        with open(f"/proc/{tid}/status", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if line.startswith("Tgid:"):
+                    return int(line.split()[1])
+    except OSError:
+        raise ProcessLookupError from None
+    raise ProcessLookupError
+
+
+def run(options: ExecOptions) -> int:
+    """Run `options.argv` against the modelled machine; the exit status. Raises CannotExec."""
+    return Supervisor(options).run()
