@@ -24,6 +24,7 @@ from kvmapi.model.vcpu import VcpuFile
 from kvmapi.model.vm import VmFile
 from vmm.exec import filter as calls
 from vmm.exec.caller import Call, Process
+from vmm.exec.fallthrough import is_kvm
 from vmm.exec.files import Entry
 from vmm.exec.notify import Notification
 from vmm.exec.paths import Fields, Paths, absolute, pack_stat
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 _PATH_MAX = 4096
 _FIRST_READ = 96  # bytes of a path that are read at once: nearly every path is shorter
-_KVM_DEVICE = os.makedev(10, 232)
 _REGIONS = (ioctls.KVM_SET_USER_MEMORY_REGION, ioctls.KVM_SET_USER_MEMORY_REGION2)
 _REGION = struct.Struct("<IIQQQ")
 _FD_FIRST = frozenset((calls.FSTAT, calls.FTRUNCATE, *calls.TRANSFERS))
@@ -248,20 +248,22 @@ class Dispatcher:
             self._answer(n, action())
 
     def _foreign_ioctl(self, n: Notification, process: Process) -> None:
-        fallthrough = self._up.fallthrough
-        if fallthrough is not None:
-            fallthrough.ioctl(n, process)
-            return
-        try:
-            status = os.stat(f"/proc/{process.tgid}/task/{n.tid}/fd/{n.a0 & _U32}")
-        except OSError:
+        """An ioctl of KVM's kind on an fd that we did not give."""
+        if not is_kvm(process.tgid, n.tid, n.a0 & _U32):
             self._proceed(n.id)
             return
-        if stat.S_ISCHR(status.st_mode) and status.st_rdev == _KVM_DEVICE:
+        fallthrough = self._up.fallthrough
+        if fallthrough is None:
             self._up.say_once("the program opened this machine's own KVM by another name than /dev/kvm: refused (ENODEV)")
             self._answer(n, -errno.ENODEV)
-        else:
+            return
+        call = Call(self._listener, self._files, process, n.id, n.tid, n.ip)
+        self._files.take_news()
+        result = fallthrough.answer(call, n.a1 & _U32, n.a2)
+        if result is None:
             self._proceed(n.id)
+        else:
+            self._answer(n, result)
 
     def _mmap(self, n: Notification) -> None:
         _, entry = self._find(n, n.a4)

@@ -29,6 +29,7 @@ from vmm.exec.pool import Pool
 from vmm.exec.refusals import install_refused
 
 if TYPE_CHECKING:
+    from vmm.exec.fallthrough import Fallthrough
     from vmm.exec.record import CallRecord, Recorder
 
 _GUARDED_PART = 4  # the last quarter of the fd table is where guarded fds stand
@@ -82,20 +83,20 @@ class Supervisor:
         from vmm.exec.record import Recorder
 
         self.options = options
+        self._said: set[str] = set()
         self.platform = options.platform()
         self._recorder: Recorder | None = Recorder(options.record, options) if options.record is not None else None
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         table = min(soft, _LARGEST_TABLE)
         high = table - table // _GUARDED_PART
         self.files = FileTable(high, self.platform.memlock)
-        self.fallthrough: Any = None
+        self.fallthrough = self._kernel() if options.fallthrough else None
         self.fresh: set[int] = set()  # threads whose new program image has not asked anything yet
         self._local = _Local()
         self._processes: dict[int, Process] = {}
         self._groups: dict[int, int] = {}  # tid -> tgid
         self._in_call: set[int] = set()
         self._lock = threading.Lock()
-        self._said: set[str] = set()
         try:
             self.child = launch.Child(options.argv, calls.program(high))
         except launch.InstallError as failure:
@@ -103,6 +104,15 @@ class Supervisor:
         self.listener = self.child.listener
         self._dispatch = Dispatcher(self, Paths(self.platform))
         self.pool = Pool(self.listener, self._handle)
+
+    def _kernel(self) -> Fallthrough | None:
+        from vmm.exec.fallthrough import Fallthrough
+
+        try:
+            return Fallthrough(self)
+        except OSError as failure:
+            self.say(f"--fallthrough: /dev/kvm cannot be opened ({os.strerror(failure.errno or 0).lower()}): all VMs run on the model")
+            return None
 
     # ---- the life
     def run(self) -> int:
@@ -112,6 +122,8 @@ class Supervisor:
         status = self.child.wait(self._still_running)
         self.pool.stop()
         self.files.close()
+        if self.fallthrough is not None:
+            self.fallthrough.close()
         if self._recorder is not None:
             words = self._recorder.close()
             if words:
