@@ -1,32 +1,300 @@
-"""Guest RAM of a traced process."""
+"""Guest RAM of a traced process: its memory, seen in our address space at the same time.
+
+The process's mappings are files already (memfd, shm, MAP_SHARED, hugetlbfs), or become files when they are used for a
+slot: `convert`, see remap.py. Our views of the process map the same files (views.py). What can be neither is mirrored.
+
+Whether the process may access a page, and what is mapped there, is asked when it matters, not remembered: where the
+kernel answers single questions (maps.py). `forget` says that something may have changed all the same.
+
+Locks: `_conversion` is held during a conversion, and the model's ioctl runs under it. `_lock` guards the views; a vCPU that
+runs takes it, so nothing waits for anyone under it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import errno
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from kvmapi.model.caller import PAGE, USER_TOP, Errno
+from vmm.exec import backing as backings
+from vmm.exec import copying, sigbus, views
+from vmm.exec.backing import Backing
+from vmm.exec.maps import Area, Maps
+from vmm.exec.mirror import Mirror
+from vmm.exec.remap import Conversion, Held, Piece, from_file
+
+_STEPS = 2  # conversions in one mapping before it is converted ahead
+_GROWTH = 4
+_CHECKED = 64
 
 
 class Ram:
+    """The guest RAM of the process `tgid`. Usable from any thread."""
+
     def __init__(self, tgid: int) -> None:
         self.tgid = tgid
+        self.failure: OSError | None = None  # why the last conversion did not work
+        self._maps = Maps(tgid)
+        self._views: list[views.View] = []
+        self._mirror = Mirror(tgid, self._mirrored)
+        self._backings: list[Backing] = []
+        self._checked: deque[tuple[int, int]] = deque(maxlen=_CHECKED)  # ranges whose paint is known to be right
+        self._hidden: set[tuple[int, int]] = set()  # files that there is no way to
+        self._rescues = 0
+        self._generation = 0
+        self._conversion = threading.Lock()
+        self._lock = threading.RLock()
 
+    # ---- converting
     def convertible(self, address: int, size: int) -> bool:
-        return False
+        """Are there parts of [address, address+size) that must be made shared first?"""
+        if size <= 0 or address < 0 or address % PAGE or size % PAGE or address + size > USER_TOP:
+            return False  # the ioctl will refuse it
+        return any(_private(area) for area in self._maps.walk(address, address + size))
 
-    def convert(self, held: Any, address: int, size: int, action: Callable[[], int]) -> None: ...
+    def convert(self, held: Held, address: int, size: int, action: Callable[[], int]) -> None:
+        """Make the private parts of the range shared, call `action` and give its result to the thread that is held. Where
+        it cannot be done the memory is mirrored. `action` is called once in any case, in this thread.
+        """
+        with self._conversion:
+            pieces = self._plan(address, address + size) if self.convertible(address, size) else []
+            if pieces:
+                conversion = Conversion(self.tgid, self._maps, held, pieces, action)
+                conversion.run(lambda: self._converted(conversion.converted))
+                self.failure = conversion.failure
+                return
+        held.answer(action())
+
+    def _converted(self, pieces: list[Piece]) -> None:
+        """The process is still held: what a guest has stored to mirrors of its pages goes there."""
+        with self._lock:
+            self._mirror.leave()
+            for piece in pieces:
+                self._mirror.drop(piece.start, piece.end)
+        self.forget()
+
+    def _plan(self, start: int, end: int) -> list[Piece]:
+        """What to convert. Where there is no room for a piece it is left out."""
+        self._reap()
+        pieces = []
+        with self._lock:
+            for part in self._maps.walk(start, end):
+                area = self._maps.area(part.start) if _private(part) else None
+                if area is None or not _private(area):
+                    continue
+                first, last = max(area.start, part.start & -area.page), min(area.end, (part.end + area.page - 1) & -area.page)
+                try:
+                    chosen = self._backing(area, first, last)
+                    if chosen.conversions >= _STEPS and area.name != b"[stack]":
+                        ahead = (last - first) * _GROWTH ** min(chosen.conversions - 1, 16)
+                        more = max(area.start, first - ahead & -area.page), min(area.end, last + ahead & -area.page)
+                        if chosen.serves(*more) and more[0] <= first and last <= more[1]:
+                            first, last = more
+                except OSError as failure:
+                    self.failure = failure
+                    continue
+                pieces.append(Piece(first, last, area.prot, from_file(area), chosen))
+        return pieces
+
+    def _backing(self, area: Area, start: int, end: int) -> Backing:
+        for known in self._backings:
+            if known.serves(start, end):
+                return known
+        made = backings.new(area.start, area.end)
+        self._backings.append(made)
+        return made
+
+    def _reap(self) -> None:
+        """Free what nobody has any more."""
+        with self._lock:
+            gone = backings.reap()
+            self._backings = [known for known in self._backings if known not in gone]
+            for view in self._views:
+                for dead in gone:
+                    view.strip(*dead.key)
+
+    # ---- what the model asks
     def pointer(self, address: int, size: int) -> int:
-        raise MemoryError
+        """Where [address, address+size) of the process stands in ours, in one piece. Raises Errno (ENOMEM)."""
+        end = address + size
+        with self._lock:
+            try:
+                view = self._view(address, end)
+                self._refresh()
+                if not any(first <= address and end <= last for first, last in self._checked):
+                    self._repaint(address, end)
+            except OSError as failure:
+                raise Errno(failure.errno or errno.ENOMEM) from None
+            return view.pointer(address)
 
     def accessible(self, address: int, write: bool) -> bool:
-        return False
+        """May the process read (or write) the page at `address` now? Where it is mirrored it is up to date then."""
+        address &= -PAGE
+        area = self._maps.area(address)
+        if area is None or area.special or not _allows(area, write):
+            return False
+        if area.shared and backings.find(area.device, area.inode) is None and not self._reachable(address):
+            return False
+        with self._lock:
+            try:
+                view = self._view(address, address + PAGE)
+                self._refresh()
+                self._paint(area.start, area.end, area)
+            except OSError:
+                return False
+            return view.paint_at(address)[0] != views.MIRROR or self._mirror.add(address)
 
     def pinnable(self, address: int, size: int, write: bool, whole: bool) -> bool:
-        return True
+        """May the process read (or write) all of it? With `whole`, no part lies past the end of its file."""
+        at, end = address & -PAGE, (address + size + PAGE - 1) & -PAGE
+        for area in self._maps.walk(at, end):
+            if area.start != at or not _allows(area, write):
+                return False
+            if backings.find(area.device, area.inode) is None and not self._reachable(area.end - PAGE if whole else at):
+                return False
+            at = area.end
+        return at >= end
 
-    def enter(self) -> None: ...
-    def leave(self) -> None: ...
+    def enter(self) -> None:
+        """A vCPU is about to run, or the model to read and write guest RAM."""
+        if len(self._mirror):
+            with self._lock:
+                self._mirror.enter()
+
+    def leave(self) -> None:
+        """It has."""
+        if len(self._mirror):
+            with self._lock:
+                self._mirror.leave()
+
+    def _reachable(self, address: int) -> bool:
+        """Is there a page behind the mapping? Past the end of its file there is none."""
+        return copying.read(self.tgid, address, 1) is not None
+
+    # ---- what the process does
     def discard(self, address: int, size: int) -> bool:
-        return False
+        """The process drops the contents of [address, address+size) (madvise). True: parts of it are converted RAM, and are
+        zero now. For the rest the kernel can go on with the call: it does no harm to these parts. But MADV_FREE it
+        would refuse for them.
+        """
+        found = False
+        for area in self._maps.walk(address & -PAGE, min(address + size + PAGE - 1 & -PAGE, USER_TOP)):
+            known = backings.find(area.device, area.inode) if area.shared else None
+            if known is not None:
+                try:
+                    known.punch(area.offset, area.end - area.start)
+                except OSError:
+                    continue
+                found = True
+        return found
 
-    def forget(self) -> None: ...
-    def close(self) -> None: ...
+    def forget(self) -> None:
+        """Its address space may have changed."""
+        self._maps.forget()
+        with self._lock:
+            self._checked.clear()
+            self._hidden.clear()
+
+    def close(self) -> None:
+        """Give everything back. No pointer may be used any more."""
+        with self._lock:
+            for view in self._views:
+                view.close()
+            self._views.clear()
+            self._checked.clear()
+        self._maps.close()
+        backings.reap()
+
+    # ---- views
+    def _view(self, start: int, end: int) -> views.View:
+        for view in self._views:
+            if view.covers(start, end):
+                return view
+        made = views.View(start, end)
+        self._views.append(made)
+        return made
+
+    def _refresh(self) -> None:
+        """Was anything painted over since the last time?"""
+        rescues = sigbus.rescues()
+        if rescues != self._rescues:
+            self._rescues = rescues
+            self._checked.clear()
+            for view in self._views:
+                view.doubt()
+        if self._maps.generation != self._generation:  # another program: its addresses start afresh
+            self._generation = self._maps.generation
+            self._checked.clear()
+            self._backings.clear()
+            self._mirror.drop(0, USER_TOP)
+            for view in self._views:
+                view.blank()
+
+    def _repaint(self, start: int, end: int) -> None:
+        """Bring the views of [start, end) up to date with what the process has mapped there: whole mappings, so that the
+        next question finds them done.
+        """
+        at = start
+        while at < end:
+            area = self._maps.next(at)
+            if area is None or area.start > at:
+                until = min(area.start if area is not None else end, end)
+                self._paint(at, until, None)
+            else:
+                start, until = min(start, area.start), area.end
+                self._paint(area.start, area.end, area)
+            at = until
+        self._checked.append((start, at))
+
+    def _paint(self, start: int, end: int, area: Area | None) -> None:
+        """[start, end), a part of `area`, in every view that has some of it. Raises OSError."""
+        paint = views.NOTHING
+        if area is not None and not area.special:
+            there = area.shared and (area.device, area.inode) not in self._hidden
+            paint = views.Paint(area.device, area.inode, area.offset - area.start) if there else views.MIRROR
+        for view in self._views:
+            first, last = max(start, view.start), min(end, view.end)
+            if first < last and not view.is_painted(first, last, paint):
+                if area is not None and paint not in (views.NOTHING, views.MIRROR):
+                    paint = self._paint_file(view, first, last, paint, area)
+                else:
+                    view.paint(first, last, paint)
+                if paint == views.MIRROR:
+                    self._mirror.fill(first, last, view.pointer(first))
+
+    def _paint_file(self, view: views.View, first: int, last: int, paint: views.Paint, area: Area) -> views.Paint:
+        """The file of a shared mapping, or a mirror where there is no way to it. Raises OSError."""
+        known = backings.find(area.device, area.inode)
+        if known is not None:
+            view.paint(first, last, paint, known.fd)
+            return paint
+        found = backings.file_of(self.tgid, area.device, area.inode, area.start, area.end, area.name)
+        if found is not None:
+            fd, writable = found
+            try:
+                for attempt in (writable, False):
+                    with contextlib.suppress(PermissionError):  # sealed against writing
+                        view.paint(first, last, paint, fd, attempt)
+                        return paint
+            finally:
+                os.close(fd)
+        self._hidden.add((area.device, area.inode))
+        view.paint(first, last, views.MIRROR)
+        return views.MIRROR
+
+    def _mirrored(self, address: int) -> Iterator[int]:
+        for view in self._views:
+            if view.covers(address, address + PAGE) and view.paint_at(address)[0] == views.MIRROR:
+                yield view.pointer(address)
+
+
+def _private(area: Area) -> bool:
+    return not area.shared and not area.special
+
+
+def _allows(area: Area, write: bool) -> bool:
+    return area.prot & 3 == 3 if write else bool(area.prot & 1)

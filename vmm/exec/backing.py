@@ -1,0 +1,161 @@
+"""The memory files that converted guest RAM lives in, of all traced processes together.
+
+A backing is a sparse memfd in which a page stands at the offset that equals its virtual address at the time of its
+conversion. So neighbours that are converted one after the other become one mapping again, there and here.
+
+A page of a backing is given out once: when the process converts an address again, its old memory may live on in a
+forked child or where mremap moved it. `home` says which range a backing serves; a second generation is a new backing.
+
+A backing is dead when no process has it open or mapped any more. The kernel says so: a write lease is granted only when
+there is no other open file (fcntl(2), F_SETLEASE). For that to count, all files of it come from open(2): one made by
+memfd_create itself is not in the count. Dead ones are closed at the next `reap`, and their memory is free then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import threading
+from collections.abc import Iterator
+
+PAGE = 4096
+MOST = 1024  # backings, of all processes
+_TOP = 1 << 47
+_PUNCH = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+_fallocate = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, use_errno=True)(
+    ("fallocate", ctypes.CDLL(None, use_errno=True))
+)
+_all: dict[tuple[int, int], Backing] = {}
+_lock = threading.Lock()
+
+
+class Backing:
+    """One memfd, for memory of [start, end). Raises OSError when there can be none."""
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start = start
+        self.end = end
+        self.conversions = 0
+        self._used: list[tuple[int, int]] = []
+        made = os.memfd_create("guest-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(made, _TOP)
+            fcntl.fcntl(made, fcntl.F_ADD_SEALS, _SEALS)  # no process can cut it under us
+            self.fd = _reopened(made)
+        finally:
+            os.close(made)
+        status = os.fstat(self.fd)
+        self.key = (status.st_dev, status.st_ino)
+
+    def another(self) -> int:
+        """A new open file of it, to be given to a process. The caller closes the fd."""
+        return _reopened(self.fd)
+
+    def serves(self, start: int, end: int) -> bool:
+        """Can [start, end) be converted into it?"""
+        return self.start <= start and end <= self.end and all(end <= first or last <= start for first, last in self._used)
+
+    def take(self, start: int, end: int) -> None:
+        """[start, end) is converted."""
+        self.conversions += 1
+        for at, (first, last) in enumerate(self._used):
+            if last == start or end == first:
+                self._used[at] = (min(first, start), max(last, end))
+                return
+        self._used.append((start, end))
+
+    @contextlib.contextmanager
+    def mapped(self, offset: int, size: int) -> Iterator[int]:
+        """The address of a mapping of it here, for a while. Raises OSError."""
+        mapping = mmap.mmap(self.fd, size, offset=offset)
+        cell = ctypes.c_char.from_buffer(mapping)
+        try:
+            yield ctypes.addressof(cell)
+        finally:
+            del cell
+            mapping.close()
+
+    def punch(self, offset: int, size: int) -> None:
+        """[offset, offset+size) is zero from now on, and its memory is free. Raises OSError."""
+        if _fallocate(self.fd, _PUNCH, offset, size) < 0:
+            raise OSError(ctypes.get_errno(), "cannot punch a hole")
+
+    def dead(self) -> bool:
+        """Has nobody but us it open?"""
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        except OSError:
+            return False
+        fcntl.fcntl(self.fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        return True
+
+    def close(self) -> None:
+        """Forget it. Mappings that exist stay."""
+        with _lock:
+            if _all.pop(self.key, None) is not None:
+                os.close(self.fd)
+
+
+def new(start: int, end: int) -> Backing:
+    """A backing for [start, end). Raises OSError."""
+    if len(_all) >= MOST:
+        raise OSError(errno.EMFILE, "too much guest RAM in pieces")
+    backing = Backing(start, end)
+    with _lock:
+        _all[backing.key] = backing
+    return backing
+
+
+def find(device: int, inode: int) -> Backing | None:
+    """The backing that this file is."""
+    return _all.get((device, inode))
+
+
+def reap() -> list[Backing]:
+    """Close those that nobody has any more. Returns them."""
+    with _lock:
+        gone = [backing for backing in _all.values() if backing.conversions and backing.dead()]
+    for backing in gone:
+        backing.close()
+    return gone
+
+
+def _reopened(fd: int) -> int:
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+
+
+def file_of(tgid: int, device: int, inode: int, start: int, end: int, name: bytes) -> tuple[int, bool] | None:
+    """An fd of ours for the file that `tgid` has mapped shared at [start, end), and whether it may be written; None when
+    there is no way to it. The caller closes it.
+    """
+    for path in (*_open_files(tgid, device, inode, name), f"/proc/{tgid}/map_files/{start:x}-{end:x}"):
+        for flags in (os.O_RDWR, os.O_RDONLY):
+            with contextlib.suppress(OSError):
+                if stat.S_ISREG(os.stat(path).st_mode):  # opening a device could do anything
+                    fd = os.open(path, flags | os.O_CLOEXEC)
+                    if os.fstat(fd).st_ino == inode:
+                        return fd, flags == os.O_RDWR
+                    os.close(fd)
+    return None
+
+
+def _open_files(tgid: int, device: int, inode: int, name: bytes) -> list[str]:
+    """Paths of the process's fds that are this file. Some file systems show another device in stat(2) than in maps: then the
+    name must be the same.
+    """
+    found = []
+    with contextlib.suppress(OSError):
+        for fd in os.listdir(f"/proc/{tgid}/fd"):
+            path = f"/proc/{tgid}/fd/{fd}"
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                if status.st_ino == inode and (status.st_dev == device or os.readlink(os.fsencode(path)) == name):
+                    found.append(path)
+    return found

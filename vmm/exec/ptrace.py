@@ -1,0 +1,255 @@
+"""ptrace(2) as far as it is needed to hold a process still for a moment and let one of its threads make system calls.
+
+Everything here is bound to the OS thread that seized: so it runs in a thread of its own (`Tracer`), which ends with the
+job. When it ends, however it ends, the kernel lets go of every thread that was seized: nothing can stay stopped.
+
+Whether a thread has stopped is asked with PTRACE_GETSIGINFO, never with wait(2): a wait could take the exit status of
+a child away from whoever launched it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+
+_SEIZE, _INTERRUPT, _GETSIGINFO = 0x4206, 0x4207, 0x4202
+_GETREGS, _SETREGS, _SYSCALL, _DETACH = 12, 13, 24, 17
+_GETSIGMASK, _SETSIGMASK = 0x420A, 0x420B
+_TRACESYSGOOD = 1
+_SYSCALL_STOP = signal.SIGTRAP | 0x80
+_EVENT_STOP = 128 << 8
+_U64 = (1 << 64) - 1
+_NAP, _LONG_NAP = 5e-5, 1e-3
+PATIENCE = 2.0  # seconds that a thread inside a system call has to come out of it
+
+_ptrace = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, use_errno=True)(
+    ("ptrace", ctypes.CDLL(None, use_errno=True))
+)
+
+
+Here = Callable[[Callable[[], int]], int]  # calls its argument in another thread
+
+
+class Registers(ctypes.Structure):
+    """struct user_regs_struct of x86-64."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in (
+            *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi"),
+            *("orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),
+        )
+    )
+
+
+def _call(request: int, tid: int, address: int | None = None, data: int | None = None) -> None:
+    if _ptrace(request, tid, address, data) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+class Tracer:
+    """The threads of one process, held. Made and used by one OS thread: see `alone`."""
+
+    def __init__(self, tgid: int) -> None:
+        self._tgid = tgid
+        self._seized: set[int] = set()
+        self._info = ctypes.create_string_buffer(128)
+
+    # ---- freezing
+    def seize(self, tid: int) -> None:
+        """Take hold of one thread; it runs on. PermissionError when somebody else traces it or nobody may,
+        ProcessLookupError when it is gone.
+        """
+        for attempt in range(100):
+            try:
+                _call(_SEIZE, tid, None, _TRACESYSGOOD)
+                break
+            except PermissionError:
+                # An earlier tracer of ours that is just ending lets go at any moment.
+                if attempt == 99 or _tracer(self._tgid, tid) not in _ours() or state(self._tgid, tid) in "ZX":
+                    raise
+                time.sleep(_NAP)
+        self._seized.add(tid)
+
+    def interrupt(self, tid: int) -> None:
+        """Ask a seized thread to stop."""
+        _call(_INTERRUPT, tid)
+
+    def freeze(self, busy: Collection[int], but: int) -> None:
+        """Hold every thread except `but`: none runs a user instruction until it is let go. Those in `busy` sit in system
+        calls that we answer: they stop when they are answered. TimeoutError when a thread does not stop.
+        """
+        quiet: set[int] = {but}
+        while True:
+            new = [tid for tid in _threads(self._tgid) if tid not in self._seized and tid not in quiet]
+            for tid in new:
+                try:
+                    self.seize(tid)
+                    self.interrupt(tid)
+                except ProcessLookupError:
+                    quiet.add(tid)
+                except PermissionError:
+                    if state(self._tgid, tid) not in "ZX":  # has ended: the main thread does so before the others
+                        raise
+                    quiet.add(tid)
+            waiting = self._seized - quiet
+            for tid in waiting:
+                self._settle(tid, busy)
+            quiet |= waiting
+            if not new:
+                return
+
+    def _settle(self, tid: int, busy: Collection[int]) -> None:
+        """Wait until the thread can run no instruction."""
+        limit = time.monotonic() + PATIENCE
+        nap = _NAP
+        while not self.stopped(tid):
+            now = state(self._tgid, tid)
+            if now in "ZX" or (now == "D" and tid in busy):
+                return
+            if time.monotonic() > limit:
+                if now == "D":
+                    return  # in the kernel for long: it stops before it comes back
+                raise TimeoutError(errno.ETIMEDOUT, f"thread {tid} does not stop")
+            time.sleep(nap)
+            nap = min(2 * nap, _LONG_NAP)
+
+    def stopped(self, tid: int) -> bool:
+        """Is it held in a stop?"""
+        return _ptrace(_GETSIGINFO, tid, None, ctypes.addressof(self._info)) == 0 or ctypes.get_errno() == errno.EINVAL
+
+    def wait(self, tid: int) -> int:
+        """Wait for a stop of `tid`: si_code of it (what kind). ProcessLookupError when the thread is gone."""
+        nap = _NAP
+        while not self.stopped(tid):
+            if state(self._tgid, tid) in "ZX":
+                raise ProcessLookupError(errno.ESRCH, "the thread has ended")
+            time.sleep(nap)
+            nap = min(2 * nap, _LONG_NAP)
+        if ctypes.get_errno() == errno.EINVAL and _ptrace(_GETSIGINFO, tid, None, ctypes.addressof(self._info)) < 0:
+            return _EVENT_STOP  # in a group stop
+        return int.from_bytes(self._info.raw[8:12], "little")
+
+    def let_go(self) -> None:
+        """Every thread goes on. Those that have not stopped yet go on when this OS thread ends."""
+        for tid in self._seized:
+            with contextlib.suppress(OSError):
+                _call(_DETACH, tid)
+
+    # ---- one stopped thread
+    def registers(self, tid: int) -> Registers:
+        """Its registers now."""
+        registers = Registers()
+        _call(_GETREGS, tid, None, ctypes.addressof(registers))
+        return registers
+
+    def set_registers(self, tid: int, registers: Registers) -> None:
+        """Give it these."""
+        _call(_SETREGS, tid, None, ctypes.addressof(registers))
+
+    @contextlib.contextmanager
+    def borrowed(self, tid: int) -> Iterator[None]:
+        """Inside, `call` may be used: no signal reaches the thread. Afterwards it is as it was."""
+        saved = self.registers(tid)
+        mask = ctypes.create_string_buffer(8)
+        _call(_GETSIGMASK, tid, 8, ctypes.addressof(mask))
+        every = ctypes.create_string_buffer(b"\xff" * 8, 8)
+        _call(_SETSIGMASK, tid, 8, ctypes.addressof(every))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                _call(_SETSIGMASK, tid, 8, ctypes.addressof(mask))
+                self.set_registers(tid, saved)
+
+    def call(self, tid: int, instruction: int, number: int, *arguments: int) -> int:
+        """Let it make a system call with the `syscall` instruction at `instruction`: the result, or -errno. OSError
+        (EFAULT) when there is no such instruction any more, ProcessLookupError when it is gone.
+        """
+        registers = self.registers(tid)
+        values = [value & _U64 for value in arguments] + [0] * (6 - len(arguments))
+        registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9 = values
+        registers.rip, registers.rax, registers.orig_rax = instruction, number, _U64
+        self.set_registers(tid, registers)
+        for _ in range(2):  # entry, exit
+            _call(_SYSCALL, tid)
+            while (code := self.wait(tid)) != _SYSCALL_STOP:
+                kind = int.from_bytes(self._info.raw[:4], "little")
+                if code >> 8 == 0 and kind != signal.SIGSTOP:
+                    raise OSError(errno.EFAULT, f"signal {kind} instead of a system call")
+                # SIGSTOP cannot be held back. The group stop it makes goes on when the thread is let go.
+                _call(_SYSCALL, tid, None, signal.SIGSTOP if code >> 8 == 0 else 0)
+        result = int(self.registers(tid).rax)
+        return result - (1 << 64) if result >> 63 else result
+
+
+def alone(job: Callable[[Here], None]) -> None:
+    """Do a tracer's job in an OS thread of its own, and come back when it is done. The job gets a function that calls
+    another one in the caller's thread, and brings back its result. What the job raises is raised here.
+    """
+    requests: queue.SimpleQueue[Callable[[], int] | None] = queue.SimpleQueue()
+    replies: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+    failures: list[BaseException] = []
+
+    def here(function: Callable[[], int]) -> int:
+        requests.put(function)
+        reply = replies.get()
+        if isinstance(reply, BaseException):
+            raise reply
+        return reply
+
+    def run() -> None:
+        try:
+            job(here)
+        except BaseException as failure:
+            failures.append(failure)
+        finally:
+            requests.put(None)
+
+    thread = threading.Thread(target=run, name="tracer", daemon=True)
+    thread.start()
+    while (request := requests.get()) is not None:
+        try:
+            replies.put(request())
+        except BaseException as failure:
+            replies.put(failure)
+    thread.join()
+    if failures:
+        raise failures[0]
+
+
+def state(tgid: int, tid: int) -> str:
+    """The letter of /proc/PID/stat: R, S, D, T, t, Z; X when it is gone."""
+    try:
+        with open(f"/proc/{tgid}/task/{tid}/stat", "rb") as file:
+            return chr(file.read().rpartition(b")")[2].split()[0][0])
+    except OSError:
+        return "X"
+
+
+def _threads(tgid: int) -> list[int]:
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{tgid}/task")]
+    except FileNotFoundError:
+        raise ProcessLookupError(errno.ESRCH, "the process has ended") from None
+
+
+def _tracer(tgid: int, tid: int) -> int:
+    try:
+        with open(f"/proc/{tgid}/task/{tid}/status", "rb") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith(b"TracerPid:"))
+    except OSError:
+        return 0
+
+
+def _ours() -> set[int]:
+    """What TracerPid can say of us: a thread of ours, or 0 when it has just let go."""
+    return {0, os.getpid(), *map(int, os.listdir("/proc/self/task"))}

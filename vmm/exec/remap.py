@@ -1,0 +1,155 @@
+"""Private memory of a live process becomes a shared mapping of a backing, in place and under its feet.
+
+1. seize every thread; all but the caller's are stopped; the caller's is held in the notification of its system call
+2. put the backings' fds into the process; ask the caller's thread to stop, too, and answer the notification: it stops
+   on its way back to user code
+3. copy the pages that exist, straight into our mapping of the backing
+4. let the caller's thread map the backing over its memory, with the `syscall` instruction it has just used
+5. the model's ioctl; its result into rax; let go
+
+The mappings keep their protection. They lose what cannot be asked for: mlock, madvise and userfaultfd registrations.
+Later fork(2)s share the memory instead of copying it. A process whose address space another process shares (vfork,
+clone with CLONE_VM) is held only by its own threads.
+
+When it cannot be done the memory stays as it was and the system call goes on: see mirror.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from vmm.exec import copying, ptrace
+from vmm.exec.backing import Backing
+from vmm.exec.maps import Area, Maps
+
+_MMAP, _CLOSE = 9, 3
+_SHARED_FIXED = 0x01 | 0x10 | 0x4000  # MAP_SHARED | MAP_FIXED | MAP_NORESERVE
+_SYSCALL = 2  # bytes of the `syscall` instruction
+
+
+class Held(Protocol):
+    """A thread that waits in a notification for its answer."""
+
+    @property
+    def tid(self) -> int: ...
+
+    @property
+    def ip(self) -> int:
+        """Address after its `syscall` instruction."""
+
+    @property
+    def busy(self) -> set[int]:
+        """Threads of its process that wait in other notifications."""
+
+    def add_fd(self, fd: int) -> int:
+        """Put a copy of ours into the process: its number there."""
+
+    def answer(self, value: int) -> None:
+        """The result, or -errno, of the system call."""
+
+
+class Piece(NamedTuple):
+    """[start, end) of a private mapping goes into `backing`."""
+
+    start: int
+    end: int
+    prot: int
+    file: bool  # pages that are not there come from a file
+    backing: Backing
+
+
+class Conversion:
+    """One conversion of `pieces` of the process. `converted` has those that worked out."""
+
+    def __init__(self, tgid: int, maps: Maps, held: Held, pieces: list[Piece], action: Callable[[], int]) -> None:
+        self._tgid = tgid
+        self._maps = maps
+        self._held = held
+        self._pieces = pieces
+        self._action = action
+        self.converted: list[Piece] = []
+        self.failure: OSError | None = None
+
+    def run(self, done: Callable[[], None]) -> None:
+        """Do it, `done()`, then the action, and give its result to the process."""
+        ptrace.alone(lambda here: self._traced(here, done))
+
+    def _traced(self, here: Callable[[Callable[[], int]], int], done: Callable[[], None]) -> None:
+        tracer = ptrace.Tracer(self._tgid)
+        held = self._held
+        try:
+            try:
+                tracer.seize(held.tid)
+                tracer.freeze(held.busy, held.tid)
+                fds = self._give()
+            except OSError as failure:
+                self.failure = failure
+                tracer.let_go()
+                held.answer(here(self._action))
+                return
+            try:
+                self._stop(tracer)
+                self._convert(tracer, fds)
+            except OSError as failure:
+                self.failure = failure
+            done()
+            result = here(self._action)
+            with contextlib.suppress(OSError):
+                registers = tracer.registers(held.tid)
+                registers.rax = result & ((1 << 64) - 1)
+                tracer.set_registers(held.tid, registers)
+        finally:
+            tracer.let_go()
+
+    def _stop(self, tracer: ptrace.Tracer) -> None:
+        """Get the caller's thread out of its notification and into a stop."""
+        tracer.interrupt(self._held.tid)
+        self._held.answer(0)
+        tracer.wait(self._held.tid)
+
+    def _give(self) -> dict[Backing, int]:
+        """Put the backings' fds into the process. OSError when it has no room for them."""
+        fds: dict[Backing, int] = {}
+        for piece in self._pieces:
+            if piece.backing not in fds:
+                ours = piece.backing.another()
+                try:
+                    fds[piece.backing] = self._held.add_fd(ours)
+                finally:
+                    os.close(ours)
+        return fds
+
+    def _convert(self, tracer: ptrace.Tracer, fds: dict[Backing, int]) -> None:
+        tid, instruction = self._held.tid, self._held.ip - _SYSCALL
+        with tracer.borrowed(tid):
+            try:
+                for piece in self._pieces:
+                    if not self._unchanged(piece):
+                        continue
+                    size = piece.end - piece.start
+                    with piece.backing.mapped(piece.start, size) as at:
+                        copying.copy(self._tgid, piece.start, piece.end, at - piece.start, piece.file)
+                    at = tracer.call(tid, instruction, _MMAP, piece.start, size, piece.prot, _SHARED_FIXED, fds[piece.backing], piece.start)
+                    if at != piece.start:
+                        piece.backing.punch(piece.start, size)
+                        raise OSError(-at, "mmap in the process failed")
+                    piece.backing.take(piece.start, piece.end)
+                    self.converted.append(piece)
+            finally:
+                with contextlib.suppress(OSError):
+                    for fd in fds.values():
+                        tracer.call(tid, instruction, _CLOSE, fd)
+
+    def _unchanged(self, piece: Piece) -> bool:
+        """Is it still what it was before the threads were held?"""
+        self._maps.forget()
+        area = self._maps.area(piece.start)
+        return area is not None and not area.shared and area.end >= piece.end and area.prot == piece.prot and from_file(area) == piece.file
+
+
+def from_file(area: Area) -> bool:
+    """Do pages of this private mapping that are not there come from a file?"""
+    return area.inode != 0 and not area.name.startswith((b"/anon_hugepage", b"/dev/zero"))
