@@ -50,8 +50,8 @@ class Activity:
         self.lapic: Lapic | None = None
         self.state = kvm.KVM_MP_STATE_RUNNABLE
         if bus is not None:
-            self.lapic = Lapic(self, bus, bootstrap=vcpu.id == 0)
-            if vcpu.id:
+            self.lapic = Lapic(self, bus, bootstrap=vcpu.is_boot)
+            if not vcpu.is_boot:
                 self.state = kvm.KVM_MP_STATE_UNINITIALIZED
 
     # ---- from any thread
@@ -128,7 +128,7 @@ class Activity:
         cpu.events.reset()
         if self.lapic is not None:
             self.lapic.reset(init=True)
-        self.state = kvm.KVM_MP_STATE_INIT_RECEIVED if self.id else kvm.KVM_MP_STATE_RUNNABLE
+        self.state = kvm.KVM_MP_STATE_RUNNABLE if self._vcpu.is_boot else kvm.KVM_MP_STATE_INIT_RECEIVED
 
     def halt(self) -> None:
         """HLT in a VM with interrupt controllers."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from kvmapi.abi import caps, dialects, kvm
 from kvmapi.abi.vmsa import SVM_SEV_FEAT_DEBUG_SWAP
+from kvmapi.model.clock import CAPABILITIES as CLOCK_CAPABILITIES
+from kvmapi.model.clock import steal
 from kvmapi.model.cpu import cpuid, fpu
 from kvmapi.model.dirty_log import ALL_OPTIONS
 from kvmapi.model.irq.routing import MAX_ROUTES
@@ -36,6 +38,7 @@ PROTECTED_STATE_TYPES = frozenset((kvm.KVM_X86_SEV_ES_VM,))  # their registers c
 
 # Capabilities with the same answer at system and VM scope.
 _FIXED = {
+    **CLOCK_CAPABILITIES,
     caps.KVM_CAP_USER_MEMORY: 1,
     caps.KVM_CAP_USER_MEMORY2: 1,
     caps.KVM_CAP_SET_TSS_ADDR: 1,
@@ -74,7 +77,6 @@ _FIXED = {
     caps.KVM_CAP_XSAVE: 1,
     caps.KVM_CAP_XSAVE2: fpu.XSAVE_SIZE,
     caps.KVM_CAP_XCRS: 1,
-    caps.KVM_CAP_GET_TSC_KHZ: 1,
     caps.KVM_CAP_IRQCHIP: 1,
     caps.KVM_CAP_IRQ_ROUTING: MAX_ROUTES,
     caps.KVM_CAP_IRQ_INJECT_STATUS: 1,
@@ -85,6 +87,8 @@ _FIXED = {
     caps.KVM_CAP_IOEVENTFD_NO_LENGTH: 1,
     caps.KVM_CAP_IOEVENTFD_ANY_LENGTH: 1,
     caps.KVM_CAP_TSC_DEADLINE_TIMER: 1,
+    caps.KVM_CAP_X86_APIC_BUS_CYCLES_NS: 1,
+    caps.KVM_CAP_SET_BOOT_CPU_ID: 1,
     caps.KVM_CAP_VM_COPY_ENC_CONTEXT_FROM: 1,  # whether or not there is SEV, as 7.3 answers
     caps.KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM: 1,
     caps.KVM_CAP_X2APIC_API: kvm.KVM_X2APIC_API_USE_32BIT_IDS | kvm.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
@@ -165,8 +169,9 @@ class Platform:
     def supported_cpuid(self) -> list[cpuid.Leaf]:
         """KVM_GET_SUPPORTED_CPUID. SEV stands there even where no ASID is left for such guests."""
         if not self.has_sev:
-            return cpuid.supported(0, 0, 0, 0)
-        return cpuid.supported(_SEV | (_SEV_ES if self.has_sev_es else 0), C_BIT, self.asids, self.min_sev_asid)
+            return cpuid.supported(0, 0, 0, 0, steal_time=steal.offered())
+        sev_eax = _SEV | (_SEV_ES if self.has_sev_es else 0)
+        return cpuid.supported(sev_eax, C_BIT, self.asids, self.min_sev_asid, steal_time=steal.offered())
 
     def capability(self, number: int, vm_type: int | None) -> int:
         """KVM_CHECK_EXTENSION at system scope (`vm_type` None) or on a VM."""
@@ -180,6 +185,8 @@ class Platform:
         if number == caps.KVM_CAP_GUEST_MEMFD_FLAGS:
             shared = 0 if vm_type is not None and private else kvm.GUEST_MEMFD_FLAG_INIT_SHARED
             return kvm.GUEST_MEMFD_FLAG_MMAP | shared
+        if number == caps.KVM_CAP_STEAL_TIME:
+            return int(steal.offered())
         protected = vm_type is not None and has_protected_state(vm_type)
         if number == caps.KVM_CAP_READONLY_MEM:
             return 0 if protected else 1  # a write to such a slot would have to be emulated

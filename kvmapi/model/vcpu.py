@@ -20,6 +20,7 @@ from kvmapi.abi.vmsa import SVM_SEV_FEAT_DEBUG_SWAP
 from kvmapi.model import sync_regs, vmsa
 from kvmapi.model.activity import Activity
 from kvmapi.model.caller import Caller, Errno
+from kvmapi.model.clock.vcpu import VcpuClock
 from kvmapi.model.cpu import fpu, layout, sregs
 from kvmapi.model.cpu.cpu import KICKED, Cpu
 from kvmapi.model.cpu.privileged import HALTED
@@ -53,7 +54,8 @@ class VcpuFile(File):
         self.vm = vm
         self.id = index
         self.page = RunPage()
-        self.cpu = Cpu(vm.physical, self.page, index, vm.exits)
+        self.is_boot = index == vm.boot_cpu
+        self.cpu = Cpu(vm.physical, self.page, self.is_boot, vm.exits)
         self.mutex = threading.Lock()
         self.inside = Inside(self.cpu.kick)
         WATCHER.add(self.inside)
@@ -63,10 +65,12 @@ class VcpuFile(File):
         self.entered = False  # did the guest ever run? Then its CPUID stays
         self.protected: ProtectedState | None = None  # since LAUNCH_UPDATE_VMSA: the registers are the guest's secret
         self.ghcb: GhcbUnit | None = None  # and from then on this is how the guest speaks to KVM
+        self.clock = VcpuClock(vm.physical, vm.clock, index)
+        self.clock.attach(self.cpu.msrs)
         self.activity = Activity(self)
         self.cpu.lapic = self.cpu.msrs.lapic = self.activity.lapic
         if self.cpu.lapic is not None:
-            self.cpu.lapic.tsc_now = self.cpu.msrs.tsc
+            self.cpu.lapic.until = self.clock.until
             self.cpu.code.watch_flags = True  # interrupts will wait for IF: scan for what sets it from the start
         self.state = VcpuState(self)
         vm.acquire()
@@ -206,7 +210,7 @@ class VcpuFile(File):
                     raise Errno(errno.EBADF)
                 self.inside.enter(caller.thread)
                 try:
-                    return self._run_locked()
+                    return self._run_locked(caller)
                 finally:
                     self.inside.leave()
         finally:
@@ -218,13 +222,14 @@ class VcpuFile(File):
             with self.mutex:
                 if self.dead:
                     raise Errno(errno.EBADF)
-                return self._run_locked()
+                return self._run_locked(caller)
         finally:
             if self.dead:
                 self._reap()
 
-    def _run_locked(self) -> int:
+    def _run_locked(self, caller: Caller) -> int:
         vm, cpu = self.vm, self.cpu
+        self.clock.caller = caller
         if not vm.sev.may_run():
             raise Errno(errno.EINVAL)
         try:
@@ -252,6 +257,7 @@ class VcpuFile(File):
     def _run_guest(self) -> int:
         """Everything between taking the engine and giving it back."""
         cpu, activity, lock, page = self.cpu, self.activity, self.vm.lock, self.page
+        self.clock.before_entry()
         result, entering = cpu.privileged.complete(), True
         if cpu.lapic is not None:
             if activity.state == kvm.KVM_MP_STATE_UNINITIALIZED and result is None:

@@ -35,7 +35,6 @@ _MAX_MSRS = 256
 _MAX_CPUID_ENTRIES = 256
 _DEBUGREGS = struct.Struct("<7Q72x")  # db[4] dr6 dr7 flags
 _GUEST_DEBUG = struct.Struct("<I4x8Q")
-TSC_KHZ = 1_000_000
 _SEV, _SEV_ES, _DEBUG_SWAP = 1 << 0, 1 << 1, 1 << 7  # in the guest's SEV_STATUS MSR
 
 _SIZES_LEAF = 0x80000008  # linear address bits in EAX 15:8
@@ -75,7 +74,7 @@ class VcpuState:
             ioctls.KVM_NMI: self._nmi,
             ioctls.KVM_SET_GUEST_DEBUG: self._set_guest_debug,
             ioctls.KVM_SET_SIGNAL_MASK: self._set_signal_mask,
-            ioctls.KVM_GET_TSC_KHZ: self._get_tsc_khz,
+            **self._vcpu.clock.handlers(),
             ioctls.KVM_ENABLE_CAP: self._enable_cap,
             ioctls.KVM_GET_MSRS: self._get_msrs,
             ioctls.KVM_SET_MSRS: self._set_msrs,
@@ -238,9 +237,6 @@ class VcpuState:
     def _enable_cap(self, arg: int, caller: Caller) -> int:
         caller.memory.read(arg, 104)  # struct kvm_enable_cap
         raise Errno(errno.EINVAL)  # no capability of a vCPU is modelled
-
-    def _get_tsc_khz(self, arg: int, caller: Caller) -> int:
-        return TSC_KHZ
 
     # ---- CPUID and MSRs
     def _set_cpuid2(self, arg: int, caller: Caller) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from kvmapi.abi import caps, ioctls, kvm
 from kvmapi.model.attributes import PrivateSet
 from kvmapi.model.caller import PAGE, Caller, Errno
+from kvmapi.model.clock.vm import VmClock
 from kvmapi.model.cpu.cpuid import MAX_PHYS_BITS
 from kvmapi.model.cpu.privileged import ExitPolicy
 from kvmapi.model.dirty_log import DirtyLog, bitmap
@@ -64,7 +65,9 @@ class VmFile(File):
         self.private = PrivateSet()
         self.lock = EngineLock()
         self.vcpus: dict[int, File] = {}
+        self.boot_cpu = 0  # the bootstrap processor's id
         self.exits = ExitPolicy()
+        self.clock = VmClock(self.has_vcpus)
         self.physical = self._make_physical()
         self.dirty_log = DirtyLog(self.slots, self.physical.flush)
         self._slots_mutex = threading.Lock()
@@ -90,7 +93,9 @@ class VmFile(File):
             ioctls.KVM_MEMORY_ENCRYPT_UNREG_REGION: partial(regions.unregister, self.sev),
             ioctls.KVM_SET_MEMORY_ATTRIBUTES: self._set_attributes,
             ioctls.KVM_CREATE_IRQCHIP: self._create_irqchip,
+            ioctls.KVM_SET_BOOT_CPU_ID: self._set_boot_cpu,
             **self.interrupts.handlers(),
+            **self.clock.handlers(),
         }
 
     def _make_physical(self) -> Physical:
@@ -142,6 +147,8 @@ class VmFile(File):
 
     # ---- capabilities
     def _check_extension(self, arg: int, caller: Caller) -> int:
+        if arg == caps.KVM_CAP_X86_APIC_BUS_CYCLES_NS:
+            return self.interrupts.cycle_ns
         return self.platform.capability(arg, self.type)
 
     def _enable_cap(self, arg: int, caller: Caller) -> int:
@@ -164,6 +171,9 @@ class VmFile(File):
             self._limit_vcpu_ids(first)
         elif cap == caps.KVM_CAP_X2APIC_API:
             self.interrupts.enable_x2apic_api(first)
+        elif cap == caps.KVM_CAP_X86_APIC_BUS_CYCLES_NS:
+            with self.mutex:
+                self.interrupts.set_cycle(first, self.has_vcpus())
         elif cap == caps.KVM_CAP_VM_COPY_ENC_CONTEXT_FROM:
             sharing.copy_from(self.sev, first, caller)
         elif cap == caps.KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM:
@@ -307,6 +317,16 @@ class VmFile(File):
             self.interrupts.create(bool(self.vcpus))
         return 0
 
+    def _set_boot_cpu(self, arg: int, caller: Caller) -> int:
+        """KVM_SET_BOOT_CPU_ID. The kernel's check lets the number behind the last id pass."""
+        with self.mutex:
+            if self.vcpus:
+                raise Errno(errno.EBUSY)
+            if arg > _MAX_VCPU_IDS or (self._vcpu_ids and arg > self._vcpu_ids):
+                raise Errno(errno.EINVAL)
+            self.boot_cpu = arg
+        return 0
+
     def _create_vcpu(self, arg: int, caller: Caller) -> int:
         with self.mutex:
             if not 0 <= arg < _MAX_VCPU_IDS or len(self.vcpus) >= MAX_VCPUS:
@@ -320,6 +340,10 @@ class VmFile(File):
             fd = caller.install(vcpu)
             self.vcpus[arg] = vcpu
             return fd
+
+    def has_vcpus(self) -> bool:
+        """Was any vCPU made?"""
+        return bool(self.vcpus)
 
     def _make_vcpu(self, index: int) -> VcpuFile:
         from kvmapi.model.vcpu import VcpuFile

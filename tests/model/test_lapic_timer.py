@@ -97,7 +97,7 @@ def test_masked_expiry_is_kept() -> None:
 def test_tsc_deadline() -> None:
     clock, vcpu = timed()
     apic = vcpu.apic
-    apic.tsc_now = lambda: clock.now - 300_000
+    apic.until = lambda value: max(value - (clock.now - 300_000), 0)
     apic.write(LVTT, 4, DEADLINE | 0x55)
     assert apic.read(LVTT, 4) == 0x55, "without the CPUID bit there is no such mode"
     apic.write_msr(MSR_TSC_DEADLINE, 800_000)

@@ -54,7 +54,7 @@ _RF = 1 << 16
 class Cpu:
     """The processor of one vCPU. Not thread-safe: the caller holds the VM's engine lock."""
 
-    def __init__(self, physical: Physical, page: RunPage, index: int, policy: ExitPolicy) -> None:
+    def __init__(self, physical: Physical, page: RunPage, bootstrap: bool, policy: ExitPolicy) -> None:
         self.native = Native()
         self.where = layout.calibrate()
         self.registers = Registers(self.native, self.where)
@@ -70,7 +70,7 @@ class Cpu:
         self.mmu = Mmu(self.native, self.where, physical, self.scratch_address, self.code, self._fetched)
         self.stepper = Stepper(self)
         self.cpuid = Table([])
-        self.msrs = Msrs(self.registers, bootstrap=index == 0)
+        self.msrs = Msrs(self.registers, bootstrap=bootstrap)
         self.privileged = Privileged(self, policy)
         self.hypercalls = Hypercalls(self, policy)
         self.events = Events(self)

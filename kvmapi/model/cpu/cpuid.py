@@ -35,10 +35,12 @@ _BRAND = _text("sevmm software model CPU".ljust(48, "\0"))
 _1_ECX = 1 << 0 | 1 << 1 | 1 << 9 | 1 << 13 | 0x1F << 19 | 1 << 24 | 1 << 25 | 1 << 26 | 1 << 30 | 1 << 31
 # FPU VME DE PSE TSC MSR PAE MCE CX8 APIC SEP MTRR PGE MCA CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2
 _1_EDX = 0x0F8BFBFF & ~(1 << 18 | 1 << 20) | 1 << 24 | 1 << 25 | 1 << 26
-_7_EBX = 1 << 0 | 1 << 7 | 1 << 20  # FSGSBASE SMEP SMAP; not BMI1 and BMI2: the engine gets BEXTR, BZHI and BLSI wrong
+_7_EBX = 1 << 0 | 1 << 1 | 1 << 7 | 1 << 20  # FSGSBASE TSC_ADJUST SMEP SMAP; not BMI1 and BMI2: the engine gets BEXTR, BZHI and BLSI wrong
 _X1_ECX = 1 << 0 | 1 << 5  # LAHF ABM
 _X1_EDX = (_1_EDX & 0x0183F3FF) | 1 << 11 | 1 << 20 | 1 << 26 | 1 << 27 | 1 << 29  # SYSCALL NX 1G pages RDTSCP LM
 KVM_LEAF, KVM_FEATURES = 0x40000000, 0x40000001
+_PV_FEATURES = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 12 | 1 << 24  # CLOCKSOURCE NOP_IO_DELAY CLOCKSOURCE2 POLL_CONTROL CLOCKSOURCE_STABLE
+_STEAL_TIME = 1 << 5
 SEV_LEAF = 0x8000001F
 FAMILY_MODEL = 0x00800F12  # an EPYC of the first generation
 MAX_PHYS_BITS = 48
@@ -46,9 +48,9 @@ OSXSAVE = 1 << 27  # leaf 1 ECX: follows CR4.OSXSAVE while the guest runs
 _XSAVE_BYTES = fpu.FXSAVE_SIZE + 64  # legacy area and header: the model has no component beyond x87 and SSE
 
 
-def supported(sev_eax: int, c_bit: int, asids: int, min_sev_asid: int) -> list[Leaf]:
+def supported(sev_eax: int, c_bit: int, asids: int, min_sev_asid: int, *, steal_time: bool = False) -> list[Leaf]:
     """The table of KVM_GET_SUPPORTED_CPUID. `sev_eax` is 0 on a platform without SEV; then the SEV leaf is all
-    zeroes, as KVM leaves it.
+    zeroes, as KVM leaves it. `steal_time`: this machine's kernel counts what that is made of.
     """
     rows = [
         Leaf(0, 0, 0, 0xD, _VENDOR[0], _VENDOR[2], _VENDOR[1]),
@@ -57,7 +59,7 @@ def supported(sev_eax: int, c_bit: int, asids: int, min_sev_asid: int) -> list[L
         Leaf(0xD, 0, INDEXED, fpu.SUPPORTED, _XSAVE_BYTES, _XSAVE_BYTES, 0),
         Leaf(0xD, 1, INDEXED, 0, 0, 0, 0),
         Leaf(KVM_LEAF, 0, 0, KVM_FEATURES, *_text("KVMKVMKVM\0\0\0")),
-        Leaf(KVM_FEATURES, 0, 0, 0, 0, 0, 0),
+        Leaf(KVM_FEATURES, 0, 0, _PV_FEATURES | (_STEAL_TIME if steal_time else 0), 0, 0, 0),
         Leaf(0x80000000, 0, 0, SEV_LEAF, _VENDOR[0], _VENDOR[2], _VENDOR[1]),
         Leaf(0x80000001, 0, 0, FAMILY_MODEL, 0, _X1_ECX, _X1_EDX),
     ]
@@ -86,6 +88,7 @@ class Table:
         self.efer_valid = 1 | self._offered(_EFER_OFFERED)
         self.x2apic = bool(self._offered(((0, 1, "ecx", 21),)))
         self.tsc_deadline = bool(self._offered(((0, 1, "ecx", 24),)))
+        self.tsc_adjust = bool(self._offered(((0, 7, "ebx", 1),)))
 
     def _offered(self, bits: tuple[tuple[int, int, str, int], ...]) -> int:
         """The control register bits that this table offers."""

@@ -7,22 +7,24 @@ raise #GP otherwise.
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
-from kvmapi.model.cpu.cpuid import EFER_SUPPORTED, Table
+from kvmapi.model.clock import tsc
+from kvmapi.model.cpu.cpuid import EFER_SUPPORTED, KVM_FEATURES, Table
 from kvmapi.model.cpu.state import FS, GS, MAX_PHYS_BITS, Registers
 
 if TYPE_CHECKING:
     from kvmapi.model.irq.lapic import Lapic
 
-TSC, APIC_BASE, MISC_ENABLE, PAT, MTRR_CAP, MTRR_DEF = 0x10, 0x1B, 0x1A0, 0x277, 0xFE, 0x2FF
+TSC, TSC_ADJUST, APIC_BASE, MISC_ENABLE, PAT, MTRR_CAP, MTRR_DEF = 0x10, 0x3B, 0x1B, 0x1A0, 0x277, 0xFE, 0x2FF
 SYSENTER_CS, SYSENTER_ESP, SYSENTER_EIP = 0x174, 0x175, 0x176
 EFER, STAR, LSTAR, CSTAR, SFMASK = 0xC0000080, 0xC0000081, 0xC0000082, 0xC0000083, 0xC0000084
 FS_BASE, GS_BASE, KERNEL_GS_BASE, TSC_AUX = 0xC0000100, 0xC0000101, 0xC0000102, 0xC0000103
 SEV_STATUS = 0xC0010131
 _K7_COUNTERS = range(0xC0010000, 0xC0010008)
 TSC_DEADLINE, _X2APIC = 0x6E0, range(0x800, 0x900)
+_PARAVIRTUAL = (0x11, 0x12, 0x4B564D00, 0x4B564D01, 0x4B564D03, 0x4B564D05)  # clocks, steal time, poll control: clock/vcpu.py
 _EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
 _CANONICAL = frozenset((LSTAR, CSTAR, FS_BASE, GS_BASE, KERNEL_GS_BASE))
 _ONLY_32_BITS = frozenset((SYSENTER_ESP, SYSENTER_EIP, TSC_AUX))  # AMD processors drop the others
@@ -48,6 +50,9 @@ INDEX_LIST = (
     KERNEL_GS_BASE,
     TSC_AUX,
     MISC_ENABLE,
+    TSC_ADJUST,
+    TSC_DEADLINE,
+    *_PARAVIRTUAL,
 )
 
 
@@ -68,14 +73,26 @@ class NoSuchMsr(Exception):
         self.known = known
 
 
+class Unit(Protocol):
+    """Somebody else who keeps MSRs. Both raise NoSuchMsr."""
+
+    def read(self, number: int) -> int:
+        """RDMSR and KVM_GET_MSRS."""
+
+    def write(self, number: int, value: int, *, host: bool) -> None:
+        """WRMSR and, where `host`, KVM_SET_MSRS."""
+
+
 class Msrs:
-    """The MSRs of one vCPU."""
+    """The MSRs of one vCPU. `units` has those that others keep, by number."""
 
     def __init__(self, registers: Registers, *, bootstrap: bool) -> None:
         self._registers = registers
         self.sev_status = 0
         self.offered = Table([])  # the guest's CPUID
-        self._tsc_offset = -_now()
+        self.units: dict[int, Unit] = {}
+        self.tsc: Callable[[], int] = tsc.read  # the guest's time-stamp counter
+        self.enforces_pv_features = False  # KVM_CAP_ENFORCE_PV_FEATURE_CPUID
         self.lapic: Lapic | None = None
         self.apic_base = 0xFEE00800 | (0x100 if bootstrap else 0)
         self._values = {
@@ -95,8 +112,9 @@ class Msrs:
             return self._registers.segment(FS if number == FS_BASE else GS).base
         if number == KERNEL_GS_BASE:
             return self._registers.native.read_msr(number)  # SWAPGS moves it inside the engine
-        if number == TSC:
-            return self.tsc()
+        unit = self.units.get(number)
+        if unit is not None:
+            return unit.read(number)
         if number == SEV_STATUS and self.sev_status:
             return self.sev_status
         if number == APIC_BASE:
@@ -119,8 +137,9 @@ class Msrs:
             which = FS if number == FS_BASE else GS
             self._registers.set_segment(which, self._registers.segment(which)._replace(base=value))
             return
-        if number == TSC:
-            self._tsc_offset = value - _now()
+        unit = self.units.get(number)
+        if unit is not None:
+            unit.write(number, value, host=host)
             return
         if number in _ONLY_32_BITS:
             value &= 0xFFFFFFFF
@@ -145,9 +164,9 @@ class Msrs:
             raise NoSuchMsr(APIC_BASE, known=True)
         self.apic_base = value
 
-    def tsc(self) -> int:
-        """The guest's time-stamp counter."""
-        return (_now() + self._tsc_offset) & 0xFFFFFFFFFFFFFFFF
+    def has_pv_feature(self, bit: int) -> bool:
+        """Does the guest have this paravirtual feature? All of them, as long as nobody asked KVM to go by its CPUID."""
+        return not self.enforces_pv_features or bool(self.offered.read(KVM_FEATURES, 0)[0] >> bit & 1)
 
     def _write_efer(self, value: int, host: bool) -> None:
         old = self._registers.efer
@@ -157,8 +176,3 @@ class Msrs:
             raise NoSuchMsr(EFER, known=True)  # long mode cannot be switched while paging is on
         self._registers.efer = value & ~_EFER_LMA | old & _EFER_LMA
         self._registers.settle()
-
-
-def _now() -> int:
-    """The time-stamp counter of the model: nanoseconds, that is 1 GHz."""
-    return time.monotonic_ns()

@@ -35,6 +35,7 @@ class InterruptBus:
         self.lock = threading.Lock()
         self.ioapic = IoApic(self.deliver, self._acked, self._resample)
         self.routes = routing.default()
+        self.cycle_ns = 1  # of the local APICs' timers: KVM_CAP_X86_APIC_BUS_CYCLES_NS
         self.wide_ids = False  # KVM_X2APIC_API_USE_32BIT_IDS
         self.broadcast_quirk = True  # not KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
         self.resamplers: dict[int, Callable[[], None]] = {}  # by GSI: notify its resample eventfds; set by Irqfds

@@ -39,9 +39,9 @@ class LapicCore:
         self._bus = bus
         self._bootstrap = bootstrap
         self._clock = clock
-        self.tsc_now: Callable[[], int] = clock  # the guest's time-stamp counter
+        self.until: Callable[[int], int] = lambda value: max(value - clock(), 0)  # nanoseconds until the guest's TSC reads this
         self.tsc_deadline_offered = False  # by the guest's CPUID
-        self._timer = Timer()
+        self._timer = Timer(bus.cycle_ns)
         self._pending: int | None = None
         self.base = 0
         self._reset(init=False)

@@ -58,7 +58,7 @@ class Lapic(LapicCore):
         with self._bus:
             if number == MSR_TSC_DEADLINE:
                 if self.on:
-                    self._timer.set_deadline(value, self.tsc_now(), self._clock())
+                    self._timer.set_deadline(value, self.until(value), self._clock())
                     self._alarm()
                 return
             offset = number - 0x800 << 4
@@ -205,7 +205,7 @@ class Lapic(LapicCore):
         timer.divide = words[r.DIVIDE]
         timer.set_initial(words[r.INITIAL], now, left=words[r.CURRENT])
         if timer.mode == TSC_DEADLINE:
-            timer.set_deadline(deadline, self.tsc_now(), now)
+            timer.set_deadline(deadline, self.until(deadline), now)
         self._alarm()
 
 

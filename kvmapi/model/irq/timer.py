@@ -1,7 +1,7 @@
 """The timer of one local APIC, without locks or threads: counts, modes, and when it is due.
 
-All times are nanoseconds of the clock that the caller reads. The timer counts at 1 GHz divided by the divide register,
-as KVM's bus cycle is one nanosecond; the time-stamp counter of the model is 1 GHz too.
+All times are nanoseconds of the clock that the caller reads. The timer counts bus cycles divided by the divide register;
+KVM's bus cycle is one nanosecond unless user space chose another.
 
 An expiry that cannot be delivered (the entry in the local vector table is masked) is kept until it can or until the
 timer is set anew, and several are one: KVM's `pending`. Source: arch/x86/kvm/lapic.c.
@@ -15,9 +15,10 @@ _SHORTEST_PERIOD = 200_000  # KVM's min_timer_period_us: a guest cannot make a s
 
 
 class Timer:
-    """Registers and state. `due` is the next expiry, None when it is stopped."""
+    """Registers and state. `due` is the next expiry, None when it is stopped; `cycle` a bus cycle in nanoseconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, cycle: int = 1) -> None:
+        self._cycle = cycle
         self.reset()
 
     def reset(self) -> None:
@@ -31,10 +32,10 @@ class Timer:
         self.fired = False
 
     @property
-    def divisor(self) -> int:
-        """1 to 128: bits 3, 1 and 0 of the register."""
+    def step(self) -> int:
+        """Nanoseconds for one count: 1 to 128 bus cycles, by bits 3, 1 and 0 of the register."""
         code = (self.divide & 3 | self.divide >> 1 & 4) + 1
-        return 1 << (code & 7)
+        return self._cycle << (code & 7)
 
     def set_mode(self, mode: int) -> None:
         """A new mode; going to or from TSC-deadline mode stops the timer."""
@@ -59,34 +60,34 @@ class Timer:
         self.initial, self.fired, self.due = count, False, None
         if self.mode == TSC_DEADLINE:
             return
-        self.period = count * self.divisor
+        self.period = count * self.step
         if not self.period:
             return
         self._limit()
         wait = self.period
         if left is not None:
-            wait = min(left * self.divisor, self.period)
+            wait = min(left * self.step, self.period)
             if not wait and self.mode == PERIODIC:
                 wait = self.period
         self.due = now + wait
 
     def set_divide(self, value: int, now: int) -> None:
         """The divide register: what is left of a running count takes longer or shorter from now on."""
-        before = self.divisor
+        before = self.step
         self.divide = value & 0xB
-        if self.divisor == before or not self.period:
+        if self.step == before or not self.period:
             return
-        self.period = self.initial * self.divisor
+        self.period = self.initial * self.step
         self._limit()
         if self.due is not None:
-            self.due = now + max(self.due - now, 0) * self.divisor // before
+            self.due = now + max(self.due - now, 0) * self.step // before
 
-    def set_deadline(self, value: int, tsc: int, now: int) -> None:
-        """IA32_TSC_DEADLINE; ignored in the other modes. 0 stops."""
+    def set_deadline(self, value: int, left: int, now: int) -> None:
+        """IA32_TSC_DEADLINE, `left` nanoseconds away; ignored in the other modes. 0 stops."""
         if self.mode != TSC_DEADLINE:
             return
         self.deadline, self.fired = value, False
-        self.due = now + max(value - tsc, 0) if value else None
+        self.due = now + left if value else None
 
     def current(self, now: int) -> int:
         """The current-count register."""
@@ -95,7 +96,7 @@ class Timer:
         left = self.due - now
         if left < 0:
             left = left % self.period if self.mode == PERIODIC else 0
-        return left // self.divisor & 0xFFFFFFFF
+        return left // self.step & 0xFFFFFFFF
 
     def expire(self, now: int) -> bool:
         """Note an expiry that is due; True while one waits to be delivered."""

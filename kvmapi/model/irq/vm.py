@@ -21,6 +21,7 @@ from kvmapi.model.irq.kernel_bus import KernelBus
 
 X2APIC_API = kvm.KVM_X2APIC_API_USE_32BIT_IDS | kvm.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
 _CHIP_AT, _CHIP_SIZE = 8, 512
+_LONGEST_CYCLE = ((1 << 64) - 1) // (0xFFFFFFFF * 128)
 _MSI = struct.Struct("<IIII16x")
 
 
@@ -74,6 +75,20 @@ class VmInterrupts:
         self._wide_ids |= bool(flags & kvm.KVM_X2APIC_API_USE_32BIT_IDS)
         self._broadcast_quirk &= not flags & kvm.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
         self._apply_x2apic_api()
+
+    def set_cycle(self, ns: int, has_vcpus: bool) -> None:
+        """KVM_CAP_X86_APIC_BUS_CYCLES_NS. EINVAL: 0, more than the longest count's product can hold, vCPUs; ENXIO without controllers."""
+        if not 0 < ns <= _LONGEST_CYCLE:
+            raise Errno(errno.EINVAL)
+        bus = self._bus_or(errno.ENXIO)
+        if has_vcpus:
+            raise Errno(errno.EINVAL)
+        bus.cycle_ns = ns
+
+    @property
+    def cycle_ns(self) -> int:
+        """A bus cycle of the local APICs in nanoseconds."""
+        return self.bus.cycle_ns if self.bus is not None else 1
 
     def _apply_x2apic_api(self) -> None:
         if self.bus is not None:
