@@ -9,9 +9,12 @@ Only what the model counts is listed: a reader finds statistics by name, and one
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import struct
+import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 from kvmapi.model.files import File
@@ -19,6 +22,8 @@ from kvmapi.model.files import File
 _CUMULATIVE, _INSTANT = 0, 1  # type
 _NO_UNIT, _SECONDS, _BOOLEAN = 0 << 4, 2 << 4, 4 << 4
 NAME_SIZE = 48
+_F_ADD_SEALS = 1033
+_SEALS = 0x1 | 0x2 | 0x4 | 0x10  # SEAL, SHRINK, GROW, FUTURE_WRITE: whoever opens the fd anew changes nothing either
 _HEADER = struct.Struct("<6I")  # kvm_stats_header
 _DESCRIPTOR = struct.Struct(f"<IhHII{NAME_SIZE}s")  # kvm_stats_desc: flags, exponent, size, offset, bucket size, name
 
@@ -50,7 +55,7 @@ class Stats:
     """The counters of one VM or vCPU: `counters[HALT_EXITS] += 1`. `identity` names it in the file."""
 
     def __init__(self, identity: str, statistics: tuple[Statistic, ...]) -> None:
-        self._identity = identity
+        self.identity = identity
         self._statistics = statistics
         self.counters: list[int] | memoryview = [0] * len(statistics)
         self._fd = -1
@@ -65,18 +70,31 @@ class Stats:
     def _make(self) -> None:
         at = _HEADER.size + NAME_SIZE + len(self._statistics) * _DESCRIPTOR.size
         data = _HEADER.pack(0, NAME_SIZE, len(self._statistics), _HEADER.size, _HEADER.size + NAME_SIZE, at)
-        data += self._identity.encode().ljust(NAME_SIZE, b"\0")
+        data += self.identity.encode().ljust(NAME_SIZE, b"\0")
         for number, (name, flags, exponent) in enumerate(self._statistics):
             data += _DESCRIPTOR.pack(flags, exponent, 1, number * 8, 0, name.encode())
         data += struct.pack(f"<{len(self._statistics)}Q", *self.counters)
-        fd = os.memfd_create(f"sevmm:{self._identity}", os.MFD_CLOEXEC)
+        fd = os.memfd_create(f"sevmm:{self.identity}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.write(fd, data)
             self._map = mmap.mmap(fd, len(data))
+            fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
         except BaseException:
             os.close(fd)
             raise
         self._fd, self.counters = fd, memoryview(self._map)[at:].cast("Q")
+
+    def blocked(self, sleep: Callable[[], int | None]) -> int | None:
+        """A vCPU sleeps in HLT while `sleep` lasts, which gives None where it woke."""
+        since = time.monotonic_ns()
+        self.counters[BLOCKING] = 1
+        try:
+            result = sleep()
+        finally:
+            self.counters[BLOCKING] = 0
+        self.counters[HALT_WAIT_NS] += time.monotonic_ns() - since
+        self.counters[HALT_WAKEUP] += result is None
+        return result
 
     def destroy(self) -> None:
         """The VM or vCPU is gone; files that were handed out keep the last numbers."""

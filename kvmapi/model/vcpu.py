@@ -31,6 +31,7 @@ from kvmapi.model.prefault import pre_fault
 from kvmapi.model.protected import ProtectedState
 from kvmapi.model.runpage import CR8, IMMEDIATE_EXIT, REQUEST_WINDOW, RunPage
 from kvmapi.model.signals import WATCHER, Inside
+from kvmapi.model.stats import OF_VCPU, SIGNAL_EXITS, Stats
 from kvmapi.model.sync_regs import SYNC_AT
 from kvmapi.model.vcpu_state import VcpuState
 
@@ -56,6 +57,7 @@ class VcpuFile(File):
         self.page = RunPage()
         self.is_boot = index == vm.boot_cpu
         self.cpu = Cpu(vm.physical, self.page, self.is_boot, vm.exits)
+        self.stats = self.cpu.stats = Stats(f"{vm.stats.identity}/vcpu-{index}", OF_VCPU)
         self.mutex = threading.Lock()
         self.inside = Inside(self.cpu.kick)
         WATCHER.add(self.inside)
@@ -139,6 +141,7 @@ class VcpuFile(File):
         WATCHER.remove(self.inside)
         self.cpu.destroy()
         self.page.destroy()
+        self.stats.destroy()
         self.vm.release()
 
     # ---- SEV-ES: for the launch and for a move to another VM, with the mutex held
@@ -212,6 +215,7 @@ class VcpuFile(File):
                 try:
                     return self._run_locked(caller)
                 finally:
+                    self.stats.counters[SIGNAL_EXITS] += self.inside.interrupted
                     self.inside.leave()
         finally:
             if self.dead:
@@ -329,7 +333,7 @@ class VcpuFile(File):
     def _sleep(self) -> int | None:
         """Let others have the engine until the vCPU is to be looked at again (None), or KVM_RUN must return."""
         self._leave_engine()
-        result = self.activity.sleep()
+        result = self.stats.blocked(self.activity.sleep)
         self._enter_engine()
         self.activity.settle()
         return result

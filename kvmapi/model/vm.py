@@ -8,6 +8,7 @@ virt/kvm/kvm_main.c, arch/x86/kvm/x86.c).
 from __future__ import annotations
 
 import errno
+import os
 import struct
 import threading
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from kvmapi.model.msr_filter import MsrFilter
 from kvmapi.model.platform import MAX_VCPUS, SEV_TYPES, Platform, has_private_memory, has_protected_state
 from kvmapi.model.sev import commands, regions, sharing
 from kvmapi.model.sev.context import SevContext
+from kvmapi.model.stats import OF_VM, Stats
 
 if TYPE_CHECKING:
     from kvmapi.model.sev.stream import Piece
@@ -69,6 +71,7 @@ class VmFile(File):
         self.exits = ExitPolicy()
         self.clock = VmClock(self.has_vcpus)
         self.physical = self._make_physical()
+        self.stats = self.physical.stats = Stats(f"kvm-{os.getpid()}", OF_VM)
         self.dirty_log = DirtyLog(self.slots, self.physical.flush)
         self._slots_mutex = threading.Lock()
         self._vcpu_ids = 0  # ids of vCPUs end here, once that is set
@@ -96,6 +99,7 @@ class VmFile(File):
             ioctls.KVM_SET_BOOT_CPU_ID: self._set_boot_cpu,
             **self.interrupts.handlers(),
             **self.clock.handlers(),
+            ioctls.KVM_GET_STATS_FD: self._get_stats,
         }
 
     def _make_physical(self) -> Physical:
@@ -110,6 +114,7 @@ class VmFile(File):
         self.interrupts.destroy()
         self.sev.destroy()
         self.physical.destroy()
+        self.stats.destroy()
         for slot in self.slots.all():
             if slot.gmem is not None:
                 slot.gmem.unbind(slot)
@@ -181,6 +186,11 @@ class VmFile(File):
         else:
             raise Errno(errno.EINVAL)
         return 0
+
+    def _get_stats(self, arg: int, caller: Caller) -> int:
+        with self.paused():
+            file = self.stats.open()
+        return caller.install(file)
 
     def _limit_vcpu_ids(self, limit: int) -> None:
         """KVM_CAP_MAX_VCPU_ID: once, and before the first vCPU."""

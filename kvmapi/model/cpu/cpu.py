@@ -39,6 +39,7 @@ from kvmapi.model.cpu.state import Registers
 from kvmapi.model.cpu.step import Stepper, Watch
 from kvmapi.model.mem.physical import EncryptedPhysical, Physical, Refused
 from kvmapi.model.runpage import IMMEDIATE_EXIT, RunPage
+from kvmapi.model.stats import EXITS, OF_VCPU, Stats
 
 if TYPE_CHECKING:
     from kvmapi.model.ghcb.intercepts import Intercepts
@@ -79,6 +80,7 @@ class Cpu:
         self.refusals = Refusals(self)
         self.exceptions = Exceptions(self)
         self.raise_in_guest, self.internal_error = self.exceptions.raise_in_guest, self.exceptions.internal_error
+        self.stats = Stats("", OF_VCPU)
         self.refuses_entry = False  # a state that the processor does not enter the guest with
         self.intercepts: Intercepts | None = None  # of an SEV-ES guest: what raises #VC in it
         self.attention = False  # events or debugging want a look before the guest is entered
@@ -156,6 +158,7 @@ class Cpu:
                     continue
             mmu.fault, self.event, self.stepped = None, -1, False
             error = self.native.start(words[_RIP])
+            self.stats.counters[EXITS] += 1
             if self.code.mixed:
                 self.code.look()
             result = self._stopped(error)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from kvmapi.abi import kvm
 from kvmapi.model.cpu import layout
 from kvmapi.model.cpu.scan import Site
+from kvmapi.model.stats import IRQ_INJECTIONS, NMI_INJECTIONS
 
 if TYPE_CHECKING:
     from kvmapi.model.cpu.cpu import Cpu
@@ -157,11 +158,13 @@ class Events:
         if nmi and not self._shadow():
             self.nmi_pending -= 1
             self.nmi_masked = True
+            cpu.stats.counters[NMI_INJECTIONS] += 1
             result = cpu.raise_in_guest(_NMI, None, external=True)
             if result is not None:
                 return result
         if self._apic_waits() and self.takes_interrupts():
             vector = cpu.lapic.acknowledge() if cpu.lapic is not None else None
+            cpu.stats.counters[IRQ_INJECTIONS] += 1
             result = cpu.raise_in_guest(vector, None, external=True) if vector is not None else None
             if result is not None:
                 return result
@@ -191,6 +194,7 @@ class Events:
             self.nmi_masked = True
             return cpu.raise_in_guest(_NMI, None, external=True)
         if interrupt is not None:
+            cpu.stats.counters[IRQ_INJECTIONS] += 1
             return cpu.raise_in_guest(interrupt, None, external=not self._soft, software=self._soft)
         return None
 

@@ -25,6 +25,7 @@ from kvmapi.model.cpu.state import ES
 from kvmapi.model.mem.physical import Refused
 from kvmapi.model.msr_filter import MsrFilter
 from kvmapi.model.runpage import PIO_OFFSET
+from kvmapi.model.stats import HALT_EXITS
 
 if TYPE_CHECKING:
     from kvmapi.model.cpu.cpu import Cpu
@@ -249,6 +250,7 @@ class Privileged:
         if self._registers.cpl:
             return self._no_privilege()
         self.advance(site.length)
+        self._cpu.stats.counters[HALT_EXITS] += 1
         return self._page.head(kvm.KVM_EXIT_HLT) if self._cpu.lapic is None else HALTED
 
     # ---- system calls

@@ -25,6 +25,7 @@ from kvmapi.model.attributes import PrivateSet
 from kvmapi.model.caller import PAGE, Memory
 from kvmapi.model.mem.cipher import PageCipher
 from kvmapi.model.mem.secure import SecureMemory, page_view
+from kvmapi.model.stats import OF_VM, REMOTE_TLB_FLUSH, Stats
 
 if TYPE_CHECKING:
     from kvmapi.model.memslots import Memslots, Slot
@@ -80,6 +81,7 @@ class Physical:
         self._writable: BitMap64 = BitMap64()
         self.tables: dict[tuple[int, bool, bool], memoryview] = {}  # pages of guest tables: see `words`
         self.entered: BitMap64 = BitMap64()  # GFNs that some TLB or shadow table may know since the last flush
+        self.stats = Stats("", OF_VM)
         self.flushed = 0  # the generation of the last `flush`
         self.voids: list[tuple[int, int, int]] = []  # (generation, first GFN, end) of changes of a few pages since then
 
@@ -198,6 +200,7 @@ class Physical:
     def flush(self) -> None:
         """Every vCPU must drop its translations before it goes on."""
         self.generation += 1
+        self.stats.counters[REMOTE_TLB_FLUSH] += 1
         self.flushed = self.generation
         self.voids.clear()
         self.tables.clear()
