@@ -288,21 +288,8 @@ class Caller(Protocol):
         another kind of file.
         """
 
-    def run_delay(self) -> int:
-        """Nanoseconds for which the calling thread was ready to run and had no processor, since it began (its schedstat)."""
-
     def memlock_limit(self) -> int | None:
         """RLIMIT_MEMLOCK in bytes, None when unlimited or the caller has CAP_IPC_LOCK."""
-
-
-def run_delay(process: int | str = "thread-self", thread: int | None = None) -> int:
-    """The run delay of a thread in nanoseconds: of this one, or of `thread` of `process`; 0 where it is gone or not told."""
-    path = f"/proc/{process}/schedstat" if thread is None else f"/proc/{process}/task/{thread}/schedstat"
-    try:
-        with open(path, "rb", buffering=0) as file:
-            return int(file.read(128).split()[1])
-    except (OSError, IndexError):
-        return 0
 
 
 def own_memlock_limit() -> int | None:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvmapi.model.caller import Errno, EventFd, OwnMemory, own_eventfd, own_memlock_limit, run_delay
+from kvmapi.model.caller import Errno, EventFd, OwnMemory, own_eventfd, own_memlock_limit
 from kvmapi.model.files import File, Foreign
 
 if TYPE_CHECKING:
@@ -156,10 +156,6 @@ class ModelHost:
     def eventfd(self, fd: int) -> EventFd:
         """An eventfd of this process."""
         return own_eventfd(fd)
-
-    def run_delay(self) -> int:
-        """How long this thread has waited for a processor, in nanoseconds."""
-        return run_delay()
 
     def memlock_limit(self) -> int | None:
         """RLIMIT_MEMLOCK of this process in bytes, or None: no limit, or the platform does not apply it."""

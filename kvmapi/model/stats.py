@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvmapi.model.files import File
+from kvmapi.model.placeholder import StandIn
 
 _CUMULATIVE, _INSTANT = 0, 1  # type
 _NO_UNIT, _SECONDS, _BOOLEAN = 0 << 4, 2 << 4, 4 << 4
@@ -115,3 +116,6 @@ class StatsFile(File):
 
     def placeholder(self) -> int:
         return os.open(f"/proc/self/fd/{self._memfd}", os.O_RDONLY | os.O_CLOEXEC)
+
+    def stand_in(self) -> StandIn:
+        return StandIn(self.placeholder(), access=os.O_RDONLY)

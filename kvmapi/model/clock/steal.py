@@ -25,6 +25,15 @@ def offered() -> bool:
     return os.path.exists("/proc/self/schedstat")
 
 
+def run_delay(thread: int) -> int:
+    """Nanoseconds for which a thread (0: this one) was ready to run and had no processor; 0 where it is gone."""
+    try:
+        with open(f"/proc/{thread or 'thread-self'}/schedstat", "rb", buffering=0) as file:
+            return int(file.read(128).split()[1])
+    except (OSError, IndexError):
+        return 0
+
+
 class StealTime:
     """Steal time of one vCPU."""
 
@@ -47,7 +56,7 @@ class StealTime:
         if old is None:
             return
         steal, version, flags, _ = _LAYOUT.unpack(old)
-        delay = caller.run_delay()
+        delay = run_delay(caller.thread)
         steal, self._last = steal + delay - self._last & pvclock.U64, delay
         version = version + (version & 1) + 2 & 0xFFFFFFFF
         pvclock.write(self._physical, at, _LAYOUT.pack(steal, version, flags, 0))
