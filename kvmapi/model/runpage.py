@@ -2,7 +2,7 @@
 
 Layout facts: include/uapi/linux/kvm.h. The byte behind immediate_exit is padding there; here it is our own request to
 leave the guest, beside the VMM's, so that one look sees both (cpu/stubs.py). The mapping is three pages: kvm_run, the
-data page of port I/O, and the coalesced ring, which the model leaves empty.
+data page of port I/O, and the VM's ring of coalesced I/O (coalesced.py).
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ from kvmapi.model.placeholder import StandIn, keeps_its_size
 
 SIZE = 3 * mmap.PAGESIZE
 PIO_OFFSET = mmap.PAGESIZE
+RING_OFFSET = 2 * mmap.PAGESIZE
 REQUEST_WINDOW, IMMEDIATE_EXIT, KICK, EXIT_REASON, CR8, UNION = 0, 1, 2, 8, 16, 32
 _AFTER = struct.Struct("<BBHQQ")  # from offset 12: ready_for_interrupt_injection, if_flag, flags, cr8, apic_base
 _AFTER_AT = 12
 _REASON = struct.Struct("<I")
 _IO = struct.Struct("<BBHIQ")  # direction, size, port, count, data_offset
+_MAP_FIXED = 0x10
+_mmap = ctypes.CFUNCTYPE(
+    ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64, use_errno=True
+)(("mmap", ctypes.CDLL(None)))
 
 
 class RunPage:
@@ -36,13 +41,27 @@ class RunPage:
         self.kick = memoryview(self.memory)[KICK : KICK + 1]
         self.u64 = memoryview(self.memory).cast("Q")
         self._u32 = memoryview(self.memory).cast("I")
+        self.ring = -1  # the memfd of the first vCPU, which has the VM's ring; -1 where this is that vCPU
         self.fault = kvm.KVM_EXIT_MEMORY_FAULT, kvm.KVM_MEMORY_EXIT_FLAG_PRIVATE  # RFC dialects have other numbers
 
     def map(self, length: int, prot: int, flags: int, offset: int) -> mmap.mmap:
         """The VMM's mapping; EINVAL beyond the area, as a fault there would be SIGBUS."""
         if offset + length > SIZE:
             raise OSError(22, "Invalid argument")
-        return mmap.mmap(self._fd, length, flags=flags, prot=prot, offset=offset)
+        mapping = mmap.mmap(self._fd, length, flags=flags, prot=prot, offset=offset)
+        if self.ring >= 0 and length and offset + length > RING_OFFSET:
+            self._show_ring(mapping, RING_OFFSET - offset, prot, flags)
+        return mapping
+
+    def _show_ring(self, mapping: mmap.mmap, at: int, prot: int, flags: int) -> None:
+        """The ring's page in the place of our own, at `at` in the mapping, with which it goes."""
+        where = ctypes.c_char.from_buffer(mapping) if prot & mmap.PROT_WRITE else None
+        if where is not None:  # a mapping that is only read has no address that Python tells
+            _mmap(ctypes.addressof(where) + at, mmap.PAGESIZE, prot, flags | _MAP_FIXED, self.ring, RING_OFFSET)
+
+    def share(self) -> int:
+        """Another fd of this memory, the caller's to close."""
+        return os.dup(self._fd)
 
     def stand_in(self) -> StandIn:
         """Another process maps the very file."""

@@ -347,6 +347,7 @@ class VmFile(File):
             if arg in self.vcpus:
                 raise Errno(errno.EEXIST)
             vcpu = self._make_vcpu(arg)
+            self.interrupts.coalesced.add_vcpu(vcpu.page)
             fd = caller.install(vcpu)
             self.vcpus[arg] = vcpu
             return fd

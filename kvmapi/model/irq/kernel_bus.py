@@ -1,4 +1,4 @@
-"""In-kernel I/O of one VM: accesses that the VM answers itself, without an exit: the IOAPIC and ioeventfds.
+"""In-kernel I/O of one VM: accesses that the VM answers itself, without an exit: the IOAPIC, ioeventfds and coalesced I/O.
 
 The vCPUs ask on every port write and MMIO access of a VM that has such devices, so the tables are replaced as a whole
 and read without a lock. An eventfd that is taken off the bus stays open while a vCPU is signalling it: it closes with
@@ -18,6 +18,7 @@ from kvmapi.abi import kvm
 from kvmapi.model.caller import Caller, Errno, EventFd
 
 if TYPE_CHECKING:
+    from kvmapi.model.coalesced import CoalescedIo
     from kvmapi.model.irq.bus import InterruptBus
 
 _LAYOUT = struct.Struct("<QQIiI36x")  # kvm_ioeventfd
@@ -52,6 +53,7 @@ class KernelBus:
 
     def __init__(self) -> None:
         self.interrupts: InterruptBus | None = None  # with its IOAPIC
+        self.coalesced: CoalescedIo | None = None  # since the VM has a zone
         self._mutex = threading.Lock()
         self._events: dict[tuple[str, int], tuple[IoEvent, ...]] = {}
 
@@ -61,6 +63,8 @@ class KernelBus:
             if entry.hit(data):
                 entry.event.signal()
                 return True
+        if self.coalesced is not None and self.coalesced.write(space == "pio", address, data):
+            return True
         bus = self.interrupts
         if bus is None or space != "mmio" or not bus.ioapic.owns(address):
             return False

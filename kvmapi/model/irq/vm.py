@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from kvmapi.abi import ioctls, kvm
 from kvmapi.model.caller import Caller, Errno
+from kvmapi.model.coalesced import CoalescedIo
 from kvmapi.model.cpu.privileged import ExitPolicy
 from kvmapi.model.irq import irqfd, kernel_bus, routing
 from kvmapi.model.irq.bus import InterruptBus
@@ -32,6 +33,7 @@ class VmInterrupts:
         self.bus: InterruptBus | None = None
         self._exits = exits
         self._kernel_bus = KernelBus()
+        self.coalesced = CoalescedIo(self._coalesce)
         self._irqfds = Irqfds()
         self._wide_ids = False
         self._broadcast_quirk = True
@@ -47,6 +49,7 @@ class VmInterrupts:
             ioctls.KVM_SIGNAL_MSI: self._signal_msi,
             ioctls.KVM_IRQFD: self._irqfd,
             ioctls.KVM_IOEVENTFD: self._ioeventfd,
+            **self.coalesced.handlers(),
         }
 
     def destroy(self) -> None:
@@ -54,6 +57,7 @@ class VmInterrupts:
         self._irqfds.destroy()
         self._exits.bus = None
         self._kernel_bus.destroy()
+        self.coalesced.destroy()
         if self.bus is not None:
             self.bus.destroy()
 
@@ -167,3 +171,6 @@ class VmInterrupts:
         self._kernel_bus.ioeventfd(caller.memory.read(arg, kernel_bus.SIZE), caller)
         self._exits.bus = self._kernel_bus
         return 0
+
+    def _coalesce(self) -> None:
+        self._kernel_bus.coalesced, self._exits.bus = self.coalesced, self._kernel_bus
