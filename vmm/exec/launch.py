@@ -116,6 +116,8 @@ class Child:
             except ChildProcessError:
                 return status if status is not None else 0
             if pid:
+                if os.WIFSTOPPED(ended):
+                    continue  # held for a moment by a conversion (remap.py)
                 status = ended if pid == self.pid else status
                 continue
             if status is None:

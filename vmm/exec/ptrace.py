@@ -1,7 +1,9 @@
 """ptrace(2) as far as it is needed to hold a process still for a moment and let one of its threads make system calls.
 
-Everything here is bound to the OS thread that seized: so it runs in a thread of its own (`Tracer`), which ends with the
-job. When it ends, however it ends, the kernel lets go of every thread that was seized: nothing can stay stopped.
+Everything here is bound to the OS thread that seized. It is the supervisor's tracer thread, or else a thread that ends
+with its job: however that one ends, the kernel lets go of every thread it seized, and nothing stays stopped.
+In the tracer thread some threads are seized already. Those are interrupted only, and afterwards every stop that is not
+ours is left for the tracer to see.
 
 Whether a thread has stopped is asked with PTRACE_GETSIGINFO, never with wait(2): a wait could take the exit status of
 a child away from whoever launched it.
@@ -19,13 +21,14 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 
-_SEIZE, _INTERRUPT, _GETSIGINFO = 0x4206, 0x4207, 0x4202
-_GETREGS, _SETREGS, _SYSCALL, _DETACH = 12, 13, 24, 17
-_GETSIGMASK, _SETSIGMASK = 0x420A, 0x420B
-_TRACESYSGOOD = 1
-_SYSCALL_STOP = signal.SIGTRAP | 0x80
-_EVENT_STOP = 128 << 8
+SEIZE, INTERRUPT, GETSIGINFO = 0x4206, 0x4207, 0x4202
+GETREGS, SETREGS, SYSCALL, CONT, DETACH = 12, 13, 24, 7, 17
+GETSIGMASK, SETSIGMASK = 0x420A, 0x420B
+TRACESYSGOOD = 1
+SYSCALL_STOP = signal.SIGTRAP | 0x80
+EVENT_STOP = 128 << 8 | signal.SIGTRAP  # what PTRACE_INTERRUPT makes
 _U64 = (1 << 64) - 1
+_FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP)
 _NAP, _LONG_NAP = 5e-5, 1e-3
 PATIENCE = 2.0  # seconds that a thread inside a system call has to come out of it
 
@@ -49,18 +52,20 @@ class Registers(ctypes.Structure):
     )
 
 
-def _call(request: int, tid: int, address: int | None = None, data: int | None = None) -> None:
-    if _ptrace(request, tid, address, data) < 0:
+def request(what: int, tid: int, address: int | None = None, data: int | None = None) -> None:
+    """One ptrace(2). Raises OSError."""
+    if _ptrace(what, tid, address, data) < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
 
 
-class Tracer:
-    """The threads of one process, held. Made and used by one OS thread: see `alone`."""
+class Hold:
+    """The threads of one process, held for a while. Made and used by one OS thread."""
 
     def __init__(self, tgid: int) -> None:
         self._tgid = tgid
         self._seized: set[int] = set()
+        self._kept: set[int] = set()  # those of them that were seized before
         self._info = ctypes.create_string_buffer(128)
 
     # ---- freezing
@@ -70,21 +75,25 @@ class Tracer:
         """
         for attempt in range(100):
             try:
-                _call(_SEIZE, tid, None, _TRACESYSGOOD)
+                request(SEIZE, tid, None, TRACESYSGOOD)
                 break
             except PermissionError:
+                tracer = _tracer(self._tgid, tid)
+                if tracer == threading.get_native_id():
+                    self._kept.add(tid)
+                    break
                 # An earlier tracer of ours that is just ending lets go at any moment.
-                if attempt == 99 or _tracer(self._tgid, tid) not in _ours() or state(self._tgid, tid) in "ZX":
+                if attempt == 99 or tracer not in _ours() or state(self._tgid, tid) in "ZX":
                     raise
                 time.sleep(_NAP)
         self._seized.add(tid)
 
     def interrupt(self, tid: int) -> None:
         """Ask a seized thread to stop."""
-        _call(_INTERRUPT, tid)
+        request(INTERRUPT, tid)
 
-    def freeze(self, busy: Collection[int], but: int) -> None:
-        """Hold every thread except `but`: none runs a user instruction until it is let go. Those in `busy` sit in system
+    def freeze(self, busy: Callable[[], Collection[int]], but: int) -> None:
+        """Hold every thread except `but`: none runs a user instruction until it is let go. Those in `busy()` sit in system
         calls that we answer: they stop when they are answered. TimeoutError when a thread does not stop.
         """
         quiet: set[int] = {but}
@@ -107,13 +116,13 @@ class Tracer:
             if not new:
                 return
 
-    def _settle(self, tid: int, busy: Collection[int]) -> None:
+    def _settle(self, tid: int, busy: Callable[[], Collection[int]]) -> None:
         """Wait until the thread can run no instruction."""
         limit = time.monotonic() + PATIENCE
         nap = _NAP
         while not self.stopped(tid):
             now = state(self._tgid, tid)
-            if now in "ZX" or (now == "D" and tid in busy):
+            if now in "ZX" or (now == "D" and tid in busy()):
                 return
             if time.monotonic() > limit:
                 if now == "D":
@@ -124,50 +133,59 @@ class Tracer:
 
     def stopped(self, tid: int) -> bool:
         """Is it held in a stop?"""
-        return _ptrace(_GETSIGINFO, tid, None, ctypes.addressof(self._info)) == 0 or ctypes.get_errno() == errno.EINVAL
+        if _ptrace(GETSIGINFO, tid, None, ctypes.addressof(self._info)) == 0:
+            return True
+        ctypes.memset(self._info, 0, 128)
+        return ctypes.get_errno() == errno.EINVAL  # a group stop
+
+    def _kind(self) -> int:
+        """si_code of the stop that was seen last: what kind. A small one: a signal is about to be delivered."""
+        return int.from_bytes(self._info.raw[8:12], "little")
 
     def wait(self, tid: int) -> int:
-        """Wait for a stop of `tid`: si_code of it (what kind). ProcessLookupError when the thread is gone."""
+        """Wait for a stop of `tid`: its kind. ProcessLookupError when the thread is gone."""
         nap = _NAP
         while not self.stopped(tid):
             if state(self._tgid, tid) in "ZX":
                 raise ProcessLookupError(errno.ESRCH, "the thread has ended")
             time.sleep(nap)
             nap = min(2 * nap, _LONG_NAP)
-        if ctypes.get_errno() == errno.EINVAL and _ptrace(_GETSIGINFO, tid, None, ctypes.addressof(self._info)) < 0:
-            return _EVENT_STOP  # in a group stop
-        return int.from_bytes(self._info.raw[8:12], "little")
+        return self._kind()
 
     def let_go(self) -> None:
         """Every thread goes on. Those that have not stopped yet go on when this OS thread ends."""
         for tid in self._seized:
             with contextlib.suppress(OSError):
-                _call(_DETACH, tid)
+                if tid not in self._kept:
+                    request(DETACH, tid)
+                elif self.stopped(tid) and self._kind() in (EVENT_STOP, SYSCALL_STOP):
+                    request(CONT, tid)
+        self._seized.clear()
 
     # ---- one stopped thread
     def registers(self, tid: int) -> Registers:
         """Its registers now."""
         registers = Registers()
-        _call(_GETREGS, tid, None, ctypes.addressof(registers))
+        request(GETREGS, tid, None, ctypes.addressof(registers))
         return registers
 
     def set_registers(self, tid: int, registers: Registers) -> None:
         """Give it these."""
-        _call(_SETREGS, tid, None, ctypes.addressof(registers))
+        request(SETREGS, tid, None, ctypes.addressof(registers))
 
     @contextlib.contextmanager
     def borrowed(self, tid: int) -> Iterator[None]:
         """Inside, `call` may be used: no signal reaches the thread. Afterwards it is as it was."""
         saved = self.registers(tid)
         mask = ctypes.create_string_buffer(8)
-        _call(_GETSIGMASK, tid, 8, ctypes.addressof(mask))
+        request(GETSIGMASK, tid, 8, ctypes.addressof(mask))
         every = ctypes.create_string_buffer(b"\xff" * 8, 8)
-        _call(_SETSIGMASK, tid, 8, ctypes.addressof(every))
+        request(SETSIGMASK, tid, 8, ctypes.addressof(every))
         try:
             yield
         finally:
             with contextlib.suppress(ProcessLookupError):
-                _call(_SETSIGMASK, tid, 8, ctypes.addressof(mask))
+                request(SETSIGMASK, tid, 8, ctypes.addressof(mask))
                 self.set_registers(tid, saved)
 
     def call(self, tid: int, instruction: int, number: int, *arguments: int) -> int:
@@ -180,20 +198,21 @@ class Tracer:
         registers.rip, registers.rax, registers.orig_rax = instruction, number, _U64
         self.set_registers(tid, registers)
         for _ in range(2):  # entry, exit
-            _call(_SYSCALL, tid)
-            while (code := self.wait(tid)) != _SYSCALL_STOP:
-                kind = int.from_bytes(self._info.raw[:4], "little")
-                if code >> 8 == 0 and kind != signal.SIGSTOP:
-                    raise OSError(errno.EFAULT, f"signal {kind} instead of a system call")
+            request(SYSCALL, tid)
+            while (code := self.wait(tid)) != SYSCALL_STOP:
                 # SIGSTOP cannot be held back. The group stop it makes goes on when the thread is let go.
-                _call(_SYSCALL, tid, None, signal.SIGSTOP if code >> 8 == 0 else 0)
+                number = int.from_bytes(self._info.raw[:4], "little")
+                if number in _FAULTS and code >> 8 == 0:
+                    raise OSError(errno.EFAULT, f"signal {number} instead of a system call")
+                request(SYSCALL, tid, None, signal.SIGSTOP if number == signal.SIGSTOP and code >> 8 == 0 else 0)
         result = int(self.registers(tid).rax)
         return result - (1 << 64) if result >> 63 else result
 
 
-def alone(job: Callable[[Here], None]) -> None:
-    """Do a tracer's job in an OS thread of its own, and come back when it is done. The job gets a function that calls
-    another one in the caller's thread, and brings back its result. What the job raises is raised here.
+def elsewhere(job: Callable[[Here], None], run: Callable[[Callable[[], None]], None] | None) -> None:
+    """Do a job in another OS thread, and come back when it is done: in the one where `run` runs things, or else in one of its
+    own. The job gets a function that calls another one in this thread and brings back its result. What the job raises
+    is raised here.
     """
     requests: queue.SimpleQueue[Callable[[], int] | None] = queue.SimpleQueue()
     replies: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
@@ -206,7 +225,7 @@ def alone(job: Callable[[Here], None]) -> None:
             raise reply
         return reply
 
-    def run() -> None:
+    def whole() -> None:
         try:
             job(here)
         except BaseException as failure:
@@ -214,14 +233,12 @@ def alone(job: Callable[[Here], None]) -> None:
         finally:
             requests.put(None)
 
-    thread = threading.Thread(target=run, name="tracer", daemon=True)
-    thread.start()
-    while (request := requests.get()) is not None:
+    threading.Thread(target=whole if run is None else lambda: run(whole), name="conversion", daemon=True).start()
+    while (function := requests.get()) is not None:
         try:
-            replies.put(request())
+            replies.put(function())
         except BaseException as failure:
             replies.put(failure)
-    thread.join()
     if failures:
         raise failures[0]
 

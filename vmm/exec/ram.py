@@ -25,7 +25,7 @@ from vmm.exec import copying, sigbus, views
 from vmm.exec.backing import Backing
 from vmm.exec.maps import Area, Maps
 from vmm.exec.mirror import Mirror
-from vmm.exec.remap import Conversion, Held, Piece, from_file
+from vmm.exec.remap import Conversion, Held, Piece, Tracer, from_file
 
 _STEPS = 2  # conversions in one mapping before it is converted ahead
 _GROWTH = 4
@@ -33,10 +33,11 @@ _CHECKED = 64
 
 
 class Ram:
-    """The guest RAM of the process `tgid`. Usable from any thread."""
+    """The guest RAM of the process `tgid`. Usable from any thread. `tracer`: who traces, if anybody does."""
 
-    def __init__(self, tgid: int) -> None:
+    def __init__(self, tgid: int, tracer: Tracer | None = None) -> None:
         self.tgid = tgid
+        self.tracer = tracer
         self.failure: OSError | None = None  # why the last conversion did not work
         self._maps = Maps(tgid)
         self._views: list[views.View] = []
@@ -64,7 +65,7 @@ class Ram:
             pieces = self._plan(address, address + size) if self.convertible(address, size) else []
             if pieces:
                 conversion = Conversion(self.tgid, self._maps, held, pieces, action)
-                conversion.run(lambda: self._converted(conversion.converted))
+                conversion.run(lambda: self._converted(conversion.converted), self.tracer)
                 self.failure = conversion.failure
                 return
         held.answer(action())

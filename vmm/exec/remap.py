@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple, Protocol
 
 from vmm.exec import copying, ptrace
@@ -33,22 +33,25 @@ _SYSCALL = 2  # bytes of the `syscall` instruction
 class Held(Protocol):
     """A thread that waits in a notification for its answer."""
 
-    @property
-    def tid(self) -> int: ...
+    tid: int
+    ip: int  # address after its `syscall` instruction
 
     @property
-    def ip(self) -> int:
-        """Address after its `syscall` instruction."""
-
-    @property
-    def busy(self) -> set[int]:
+    def busy(self) -> Collection[int]:
         """Threads of its process that wait in other notifications."""
 
     def add_fd(self, fd: int) -> int:
         """Put a copy of ours into the process: its number there."""
 
-    def answer(self, value: int) -> None:
+    def answer(self, result: int) -> object:
         """The result, or -errno, of the system call."""
+
+
+class Tracer(Protocol):
+    """The OS thread that traces, if there is one."""
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Do a job in it, and come back."""
 
 
 class Piece(NamedTuple):
@@ -73,42 +76,42 @@ class Conversion:
         self.converted: list[Piece] = []
         self.failure: OSError | None = None
 
-    def run(self, done: Callable[[], None]) -> None:
+    def run(self, done: Callable[[], None], tracer: Tracer | None) -> None:
         """Do it, `done()`, then the action, and give its result to the process."""
-        ptrace.alone(lambda here: self._traced(here, done))
+        ptrace.elsewhere(lambda here: self._traced(here, done), tracer.run if tracer is not None else None)
 
     def _traced(self, here: Callable[[Callable[[], int]], int], done: Callable[[], None]) -> None:
-        tracer = ptrace.Tracer(self._tgid)
+        hold = ptrace.Hold(self._tgid)
         held = self._held
         try:
             try:
-                tracer.seize(held.tid)
-                tracer.freeze(held.busy, held.tid)
+                hold.seize(held.tid)
+                hold.freeze(lambda: held.busy, held.tid)
                 fds = self._give()
             except OSError as failure:
                 self.failure = failure
-                tracer.let_go()
+                hold.let_go()
                 held.answer(here(self._action))
                 return
             try:
-                self._stop(tracer)
-                self._convert(tracer, fds)
+                self._stop(hold)
+                self._convert(hold, fds)
             except OSError as failure:
                 self.failure = failure
             done()
             result = here(self._action)
             with contextlib.suppress(OSError):
-                registers = tracer.registers(held.tid)
+                registers = hold.registers(held.tid)
                 registers.rax = result & ((1 << 64) - 1)
-                tracer.set_registers(held.tid, registers)
+                hold.set_registers(held.tid, registers)
         finally:
-            tracer.let_go()
+            hold.let_go()
 
-    def _stop(self, tracer: ptrace.Tracer) -> None:
+    def _stop(self, hold: ptrace.Hold) -> None:
         """Get the caller's thread out of its notification and into a stop."""
-        tracer.interrupt(self._held.tid)
+        hold.interrupt(self._held.tid)
         self._held.answer(0)
-        tracer.wait(self._held.tid)
+        hold.wait(self._held.tid)
 
     def _give(self) -> dict[Backing, int]:
         """Put the backings' fds into the process. OSError when it has no room for them."""
@@ -122,9 +125,9 @@ class Conversion:
                     os.close(ours)
         return fds
 
-    def _convert(self, tracer: ptrace.Tracer, fds: dict[Backing, int]) -> None:
+    def _convert(self, hold: ptrace.Hold, fds: dict[Backing, int]) -> None:
         tid, instruction = self._held.tid, self._held.ip - _SYSCALL
-        with tracer.borrowed(tid):
+        with hold.borrowed(tid):
             try:
                 for piece in self._pieces:
                     if not self._unchanged(piece):
@@ -132,7 +135,7 @@ class Conversion:
                     size = piece.end - piece.start
                     with piece.backing.mapped(piece.start, size) as at:
                         copying.copy(self._tgid, piece.start, piece.end, at - piece.start, piece.file)
-                    at = tracer.call(tid, instruction, _MMAP, piece.start, size, piece.prot, _SHARED_FIXED, fds[piece.backing], piece.start)
+                    at = hold.call(tid, instruction, _MMAP, piece.start, size, piece.prot, _SHARED_FIXED, fds[piece.backing], piece.start)
                     if at != piece.start:
                         piece.backing.punch(piece.start, size)
                         raise OSError(-at, "mmap in the process failed")
@@ -141,7 +144,7 @@ class Conversion:
             finally:
                 with contextlib.suppress(OSError):
                     for fd in fds.values():
-                        tracer.call(tid, instruction, _CLOSE, fd)
+                        hold.call(tid, instruction, _CLOSE, fd)
 
     def _unchanged(self, piece: Piece) -> bool:
         """Is it still what it was before the threads were held?"""
