@@ -12,7 +12,10 @@ import sys
 
 from benchlib.entry import ENTRIES, progress
 
-MODULES = ("exits", "model", "process", "gpamap", "cheap", "model_ioctls", "speed", "misses", "threads", "launch", "conversions", "suite")
+MODULES = (
+    "exits", "model", "process", "gpamap", "cheap", "model_ioctls", "speed", "misses", "threads", "launch", "conversions", "suite",
+    "interposed",
+)  # fmt: skip
 
 
 def main() -> int:

@@ -38,8 +38,8 @@ def build(shelf: Path) -> Build:
             command = ["gcc", "-O1", "-w", "-pthread", *flags, "-o", str(target), str(PROGRAMS / f"{name}.c")]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                lines = done.stderr.strip().splitlines()
-                pytest.skip(f"needs gcc with libc's headers for {' '.join(flags) or 'C'}: {lines[-1]}; get it: apt install gcc libc6-dev linux-libc-dev")
+                what, why = " ".join(flags) or "C", done.stderr.strip().splitlines()[-1]
+                pytest.skip(f"needs a gcc that builds programs ({what}): {why}; get it: apt install gcc libc6-dev linux-libc-dev")
             made[(name, *flags)] = target
         return made[(name, *flags)]
 
@@ -67,7 +67,8 @@ def anyone(shelf: Path) -> Any:
         pytest.skip("needs root, to become nobody, and setpriv; get it: run as root, apt install util-linux")
     words = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--")
     probe = Under("exec", before=words)
-    done = subprocess.run([*probe.command(["true"])[:-2], "--help"], env=probe.environment(), capture_output=True, text=True, check=False, cwd="/")
+    command = [*probe.command(["true"])[:-2], "--help"]
+    done = subprocess.run(command, env=probe.environment(), capture_output=True, text=True, check=False, cwd="/")
     if done.returncode:
         pytest.skip(f"nobody may not read this tree or this Python: {done.stderr.strip().splitlines()[-1:]}")
     return words

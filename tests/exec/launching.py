@@ -152,8 +152,9 @@ def terminal(under: Under, argv: Sequence[str | Path]) -> Iterator[Terminal]:
     """Run `argv` in a session of its own on a new pty."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        under.command(argv), env=under.environment(), stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=lambda: _take_terminal(theirs)
-    )
+        under.command(argv), env=under.environment(), stdin=theirs, stdout=theirs, stderr=theirs,
+        preexec_fn=lambda: _take_terminal(theirs),  # noqa: PLW1509  # no other thread of ours holds a lock that it needs
+    )  # fmt: skip
     os.close(theirs)
     try:
         yield Terminal(ours, process)

@@ -48,7 +48,9 @@ def test_python(side: Under) -> None:
 
 
 def test_shell(side: Under) -> None:
-    script = "set -e; cd /tmp; f=$(mktemp); trap 'rm $f' EXIT; seq 1000 >$f; sort -n $f | tail -1; (exit 5) || echo $?; test -c /dev/null && echo yes"
+    script = (
+        "set -e; f=$(mktemp); trap 'rm $f' EXIT; seq 1000 >$f; sort -n $f | tail -1; (exit 5) || echo $?; test -c /dev/null && echo yes"
+    )
     done = side.run("sh", "-c", script)
     assert (done.returncode, done.stdout, done.stderr) == (0, "1000\n5\nyes\n", "")
 

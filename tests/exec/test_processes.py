@@ -36,7 +36,10 @@ def ended(process: subprocess.Popen[str], under: Under) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize(("command", "status"), [("exit 0", 0), ("exit 3", 3), ("kill -SEGV $$", -11), ("kill -KILL $$", -9), ("kill -TERM $$", -15)])
+STATUSES = [("exit 0", 0), ("exit 3", 3), ("kill -SEGV $$", -11), ("kill -KILL $$", -9), ("kill -TERM $$", -15)]
+
+
+@pytest.mark.parametrize(("command", "status"), STATUSES)
 def test_exit_statuses(side: Under, command: str, status: int) -> None:
     done = side.run("sh", "-c", command)
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "")

@@ -12,7 +12,9 @@ from tests.exec.launching import Under
 
 pytestmark = [pytest.mark.gcc, pytest.mark.model]
 
-PLAIN = ["plain", "threads", "signals", "fds", "fork", "fork exec", "rights", "races", "events", "maps", "wild", "gmem", "old", "nodes", "forks"]
+PLAIN = [
+    "plain", "threads", "signals", "fds", "fork", "fork exec", "rights", "races", "events", "maps", "wild", "gmem", "old", "nodes", "forks",
+]  # fmt: skip
 BACKINGS = ["private", "shared", "memfd", "memfd-closed", "file", "file-closed", "file-private", "hugetlb", "hugetlb-memfd"]
 
 
@@ -84,14 +86,16 @@ def test_a_user_without_rights(build: Build, anyone: tuple[str, ...]) -> None:
 def test_a_machine_without_kvm(build: Build, hidden: str) -> None:
     """In a mount namespace where /dev is another directory, or /dev/kvm is some other file."""
     how = {
-        "nothing there": "mkdir -p $D && mount -t tmpfs none $D && for n in null zero urandom tty; do touch $D/$n && mount --bind /dev/$n $D/$n; done && mount --move $D /dev",
+        "nothing there": (
+            "mkdir -p $D && mount -t tmpfs none $D && for n in null zero urandom tty; do touch $D/$n && mount --bind /dev/$n $D/$n; done"
+            " && mount --move $D /dev"
+        ),
         "a node that does not open": "touch $D.file && mount --bind $D.file /dev/kvm",
     }[hidden]
-    folder = build("plain").parent / "dev"
-    script = f"D={folder}; {how} && exec \"$@\""
+    script = f'D={build("plain").parent}/dev; {how} && exec "$@"'
     before = ("unshare", "--mount", "sh", "-c", script, "sh")
     probe = subprocess.run([*before, "true"], capture_output=True, text=True, check=False)
     if probe.returncode:
-        pytest.skip(f"needs root, to hide /dev/kvm in a mount namespace: {probe.stderr.strip()}; get it: run as root on a machine with /dev/kvm")
+        pytest.skip(f"needs root, to hide /dev/kvm in a mount namespace: {probe.stderr.strip()}; get it: run as root where it is")
     for words in (["plain"], ["nodes"], ["nodes", "/dev/sev"], ["sev"]):
         judge(Under("exec", before=before).run(build(words[0]), *words[1:]))
