@@ -13,7 +13,7 @@ from tests.exec.launching import Under
 pytestmark = [pytest.mark.gcc, pytest.mark.model]
 
 PLAIN = [
-    "plain", "threads", "signals", "fds", "fork", "fork exec", "rights", "races", "events", "maps", "wild", "gmem", "old", "nodes", "forks",
+    "plain", "threads", "signals", "fds", "fork", "fork exec", "rights", "races", "events", "maps", "wild", "paths", "gmem", "old", "nodes", "forks",
 ]  # fmt: skip
 BACKINGS = ["private", "shared", "memfd", "memfd-closed", "file", "file-closed", "file-private", "hugetlb", "hugetlb-memfd"]
 

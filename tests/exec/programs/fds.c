@@ -9,7 +9,7 @@ int main(void)
 	struct machine m, other;
 	struct stat status;
 	int copy, high, again;
-	char byte;
+	char byte, own[64];
 
 	GUEST(&m, NULL, 16 * PAGE, OUT_FOR_EVER);
 	expect("lowest free fds", m.kvm == 3 && m.vm == 4 && m.vcpu == 5, 1);
@@ -25,6 +25,11 @@ int main(void)
 	expect("read of kvm", number(read(m.kvm, &byte, 1)), -EINVAL);
 	expect("write to a VM", number(write(m.vm, &byte, 1)), -EINVAL);
 	expect("read of a vCPU", number(read(m.vcpu, &byte, 1)), -EINVAL);
+	snprintf(own, sizeof(own), "/proc/self/fd/%d", m.vm);
+	expect("a VM opened through its link", number(open(own, O_RDWR)), -ENXIO);
+	snprintf(own, sizeof(own), "/proc/self/fd/%d", m.vcpu);
+	expect("  a vCPU", number(open(own, O_RDONLY)), -ENXIO);
+	expect("  it is still one", run(&m), KVM_EXIT_IO);
 	expect("fstat of kvm is a character device", fstat(m.kvm, &status) == 0 && S_ISCHR(status.st_mode), 1);
 	close(again);
 

@@ -2,7 +2,6 @@
  * All are EFAULT, but a read-only struct that is only read. Values where pointers are not expected are what they are.
  */
 #include "mini.h"
-#include <sys/sysmacros.h>
 
 enum { SYSTEM, VM, VCPU };
 enum { IN = 1, OUT = 2 };
@@ -90,6 +89,7 @@ static void inside(struct machine *m)
 int main(void)
 {
 	struct machine m;
+	uint8_t *over;
 
 	pages = mmap(NULL, 4 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	munmap(pages + PAGE, PAGE), munmap(pages + 3 * PAGE, PAGE);
@@ -97,6 +97,9 @@ int main(void)
 	GUEST(&m, NULL, 16 * PAGE, OUT_AND_HLT);
 	ioctls(&m);
 	inside(&m);
+	over = fresh_ram(2 * PAGE);
+	expect("KVM_GET_REGS over two pages", call(m.vcpu, KVM_GET_REGS, over + PAGE - 20), 0);
+	expect("KVM_SET_REGS over two pages", call(m.vcpu, KVM_SET_REGS, over + PAGE - 20), 0);
 	expect("KVM_RUN with an argument", call(m.vcpu, KVM_RUN, (void *)1), -EINVAL);
 	expect("KVM_GET_API_VERSION with one", call(m.kvm, KVM_GET_API_VERSION, (void *)1), -EINVAL);
 	expect("KVM_GET_VCPU_MMAP_SIZE with one", call(m.kvm, KVM_GET_VCPU_MMAP_SIZE, pages), -EINVAL);
