@@ -49,7 +49,7 @@ def test_whole_story(tmp_path: Path) -> None:
     recorder.end(entry, -errno.EINVAL)
     page = bytearray(4096)
     kvm_run.from_buffer(page).exit_reason = kvm.KVM_EXIT_HLT
-    entry = recorder.ioctl(os.getpid(), os.getpid(), "vcpu", 4712, ioctls.KVM_RUN, 0, NoMemory())
+    entry = recorder.ioctl(os.getpid(), os.getpid(), "kvm-vcpu", 4712, ioctls.KVM_RUN, 0, NoMemory())
     recorder.end(entry, 0, page)
     assert recorder.close() == ""
     header, opened, refused, ran, end = lines(path)
@@ -61,7 +61,7 @@ def test_whole_story(tmp_path: Path) -> None:
     assert (refused["on"], refused["file"], refused["ioctl"]) == ("vm", 4711, "KVM_SET_USER_MEMORY_REGION")
     assert refused["in"]["memory_size"] == 0x800
     assert (refused["result"], refused["error"]) == (-22, "EINVAL (invalid argument)")
-    assert ran["exit"] == {"reason": "HLT"}
+    assert (ran["on"], ran["ioctl"], ran["exit"]) == ("vcpu", "KVM_RUN", {"reason": "HLT"})
     assert ran["us"] >= 0
     assert ran["t"] >= refused["t"] >= opened["t"] >= 0
     assert end == {"end": "complete", "calls": 3, "dropped": 0}

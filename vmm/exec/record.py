@@ -37,6 +37,7 @@ _RESERVE = 1024  # for the last two lines
 _FULL_BUFFER = 64 << 10
 _LONGEST_LINE = 64 << 10
 _FLUSH_AFTER = 0.25  # seconds
+_KINDS = {"kvm": "system", "kvm-vm": "vm", "kvm-vcpu": "vcpu"}  # the model's files, as the ioctl table calls them
 
 
 class Memory(Protocol):
@@ -48,8 +49,9 @@ class Memory(Protocol):
 
 @dataclass(slots=True)
 class CallRecord:
-    """One call. `on` is the kind of file (rows.On), `file` its number: the same for all fds of one file. `fields` are arguments by name;
-    for an ioctl `Recorder.ioctl` fills in what is decoded. `result`: as the system call's, or -errno.
+    """One call. `on` is the kind of file (rows.On, or the model's word for it), `file` its number: the same for all fds of one
+    file. `fields` are arguments by name; for an ioctl `Recorder.ioctl` fills in what is decoded. `result`: as the system
+    call's, or -errno.
     """
 
     pid: int
@@ -87,6 +89,7 @@ class Recorder:
 
     def ioctl(self, pid: int, tid: int, on: str, file: int, request: int, argument: int, memory: Memory) -> CallRecord:
         """An ioctl begins: decode what it passes. Give the record to `end` with the result."""
+        on = _KINDS.get(on, on)
         entry = CallRecord(pid, tid, "ioctl", on, file, argument=argument, memory=memory)
         entry.decoded = self._decoder.before(on, request, argument, memory.read)
         return entry
