@@ -1,20 +1,33 @@
-"""Threads that answer: as many as there are system calls in work, and one more that waits for the next.
+"""Threads that answer: one receives, and hands that over only when its own answer takes long.
 
-A KVM_RUN blocks its own thread here as it blocks the program's thread there, and nobody else. A thread that takes a
-notification and was the last one waiting starts another; one that finds too many waiting when it is done ends.
+Every thread that waits for notifications is woken by each of them, so only one does: the leader. It answers what it
+receives itself, which for most calls is done before anybody else could have been woken. But a KVM_RUN may last for ever,
+and the next question must not wait for it: a watchman looks every millisecond whether the leader is still at the same
+call, and makes another thread the leader then. A former leader that has answered at last is parked until it is needed.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 from vmm.exec.notify import Listener, Notification
 
-_SPARE = 3  # threads that may wait at once: a burst does not make and end threads all the time
-_MOST = 4096  # threads in all: more system calls at once wait for one that ends
+_LOOK = 0.0007  # seconds between two looks of the watchman
+_IDLE_LOOKS = 30  # looks without a call after which it sleeps until there is one
+_PARKED = 64  # threads that may be kept for later
+_MOST = 4096  # threads in all: with so many calls waiting, the next one waits for one of them
 _STACK = 512 << 10
+
+
+class _Worker:
+    """One thread of the pool. `turn` is released to make it the leader."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Lock()
+        self.turn.acquire()
 
 
 class Pool:
@@ -24,50 +37,87 @@ class Pool:
         self._listener = listener
         self._handle = handle
         self._lock = threading.Lock()
-        self._waiting = 0
+        self._leader: _Worker | None = None
+        self._busy = False  # the leader is answering
+        self._parked: list[_Worker] = []
         self._threads = 0
         self._stopping = False
+        self._wanted = threading.Event()  # the watchman has something to watch
+        self._watching = False
         self.answered = 0
 
     def start(self) -> None:
-        """The first thread."""
-        self._waiting = 1
-        self._spawn()
+        """The first leader, and the watchman."""
+        self._run(self._watch, "sevmm-watchman")
+        self._promote()
 
     def stop(self) -> None:
-        """Nobody can ask any more. Threads that wait for a question end with the process."""
+        """Nobody can ask any more. Threads that still wait for something end with the process."""
         self._stopping = True
+        self._wanted.set()
 
-    def _spawn(self) -> None:
+    def _run(self, main: Callable[[], None], name: str) -> None:
         before = threading.stack_size(_STACK)
         try:
-            self._threads += 1
-            threading.Thread(target=self._main, name="sevmm-answers", daemon=True).start()
+            threading.Thread(target=main, name=name, daemon=True).start()
         finally:
             threading.stack_size(before)
 
-    def _main(self) -> None:
+    def _promote(self) -> None:
+        """Make another thread the leader. The lock is held, or nobody else runs yet."""
+        self._busy = False
+        if self._parked:
+            self._leader = self._parked.pop()
+            self._leader.turn.release()
+        elif self._threads < _MOST:
+            worker = self._leader = _Worker()
+            self._threads += 1
+            self._run(lambda: self._main(worker), "sevmm-answers")
+
+    def _main(self, me: _Worker) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
-        buffer = bytearray(80)
+        receive, handle, lock, buffer = self._listener.receive, self._handle, self._lock, bytearray(80)
         while not self._stopping:
             try:
-                notification = self._listener.receive(buffer)
+                notification = receive(buffer)
             except OSError:  # the caller was killed before we took its call, or nobody is left
                 if self._stopping or self._listener.deserted():
-                    break
+                    return
                 continue
-            with self._lock:
-                self._waiting -= 1
-                self.answered += 1
-                if not self._waiting and self._threads < _MOST:
-                    self._waiting += 1
-                    self._spawn()
-            self._handle(notification)
-            with self._lock:
-                if self._waiting >= _SPARE:
+            self.answered += 1
+            self._busy = True
+            if not self._watching:
+                self._wanted.set()
+            handle(notification)
+            with lock:
+                if self._leader is me:
+                    self._busy = False
+                    continue
+                if self._leader is None:  # all threads there may be were busy
+                    self._leader = me
+                    continue
+                if len(self._parked) >= _PARKED:
                     self._threads -= 1
                     return
-                self._waiting += 1
-        with self._lock:
-            self._waiting -= 1
-            self._threads -= 1
+                self._parked.append(me)
+            me.turn.acquire()
+
+    def _watch(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
+        seen, idle = -1, _IDLE_LOOKS
+        while not self._stopping:
+            if idle >= _IDLE_LOOKS:
+                self._watching = False
+                if not self._busy:
+                    self._wanted.wait()
+                self._wanted.clear()
+                self._watching, idle = True, 0
+            time.sleep(_LOOK)
+            number, idle = self.answered, idle + 1
+            if number != seen:
+                seen, idle = number, 0
+            elif self._busy:
+                with self._lock:
+                    if self._busy and self.answered == seen and self._leader is not None:
+                        self._leader = None
+                        self._promote()
