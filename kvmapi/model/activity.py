@@ -60,7 +60,7 @@ class Activity:
         with self._changed:
             self._asked = True
             with contextlib.suppress(ValueError):  # the vCPU, and the page with its kick, may be gone
-                self._vcpu.cpu.kick[0] = 1
+                self._vcpu.page.kick[0] = 1
             self._changed.notify()
 
     def nmi(self) -> None:

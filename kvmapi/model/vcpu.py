@@ -12,31 +12,32 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import ioctls, kvm
-from kvmapi.abi.vmsa import SVM_SEV_FEAT_DEBUG_SWAP
-from kvmapi.model import sync_regs, vmsa
+from kvmapi.model import launched, sync_regs, vmsa
 from kvmapi.model.activity import Activity
 from kvmapi.model.caller import Caller, Errno
 from kvmapi.model.clock.vcpu import VcpuClock
-from kvmapi.model.cpu import fpu, layout, sregs
-from kvmapi.model.cpu.cpu import KICKED, Cpu
+from kvmapi.model.cpu import layout
+from kvmapi.model.cpu.cpu import KICKED
 from kvmapi.model.cpu.privileged import HALTED
-from kvmapi.model.files import File
+from kvmapi.model.files import File, Handler
 from kvmapi.model.lock import SLICE
 from kvmapi.model.placeholder import StandIn
 from kvmapi.model.prefault import pre_fault
-from kvmapi.model.protected import ProtectedState
 from kvmapi.model.runpage import CR8, IMMEDIATE_EXIT, REQUEST_WINDOW, RunPage
 from kvmapi.model.signals import WATCHER, Inside
 from kvmapi.model.stats import OF_VCPU, SIGNAL_EXITS, Stats
 from kvmapi.model.sync_regs import SYNC_AT
+from kvmapi.model.unmade import Unmade, made_cpu
 from kvmapi.model.vcpu_state import VcpuState
 
 if TYPE_CHECKING:
+    from kvmapi.model.cpu.cpu import Cpu
     from kvmapi.model.ghcb.unit import GhcbUnit
+    from kvmapi.model.protected import ProtectedState
     from kvmapi.model.vm import VmFile
 
 _IF = 1 << 9
@@ -54,12 +55,13 @@ class VcpuFile(File):
         super().__init__()
         self.vm = vm
         self.id = index
+        layout.calibrate()  # an engine that we do not know is refused here
         self.page = RunPage()
+        self.making = threading.Lock()  # of the processor
         self.is_boot = index == vm.boot_cpu
-        self.cpu = Cpu(vm.physical, self.page, self.is_boot, vm.exits)
-        self.stats = self.cpu.stats = Stats(f"{vm.stats.identity}/vcpu-{index}", OF_VCPU)
+        self.stats = Stats(f"{vm.stats.identity}/vcpu-{index}", OF_VCPU)
         self.mutex = threading.Lock()
-        self.inside = Inside(self.cpu.kick)
+        self.inside = Inside(self.page.kick)
         WATCHER.add(self.inside)
         self._turn = -1
         self._holds = False  # the engine lock
@@ -68,17 +70,22 @@ class VcpuFile(File):
         self.protected: ProtectedState | None = None  # since LAUNCH_UPDATE_VMSA: the registers are the guest's secret
         self.ghcb: GhcbUnit | None = None  # and from then on this is how the guest speaks to KVM
         self.clock = VcpuClock(vm.physical, vm.clock, index)
-        self.clock.attach(self.cpu.msrs)
         self.activity = Activity(self)
-        self.cpu.lapic = self.cpu.msrs.lapic = self.activity.lapic
-        if self.cpu.lapic is not None:
-            self.cpu.lapic.until = self.clock.until
-            self.cpu.code.watch_flags = True  # interrupts will wait for IF: scan for what sets it from the start
-        self.state = VcpuState(self)
         vm.acquire()
-        sregs.reset(self.cpu)
-        fpu.reset(self.cpu)
-        self.handlers = {
+        self.handlers = Unmade(self._handlers)
+
+    @cached_property
+    def cpu(self) -> Cpu:
+        """The processor, made when it is first asked for."""
+        return made_cpu(self)
+
+    @cached_property
+    def state(self) -> VcpuState:
+        """The ioctls for its registers."""
+        return VcpuState(self)
+
+    def _handlers(self) -> dict[int, Handler]:
+        return {
             ioctls.KVM_RUN: self._run,
             ioctls.KVM_MEMORY_ENCRYPT_OP: lambda arg, caller: -errno.ENOTTY,  # a vCPU has such commands with TDX only
             ioctls.KVM_PRE_FAULT_MEMORY: self._locked(ioctls.KVM_PRE_FAULT_MEMORY, partial(pre_fault, self)),
@@ -139,12 +146,13 @@ class VcpuFile(File):
     def _tear_down(self) -> None:
         self.handlers = {}
         WATCHER.remove(self.inside)
-        self.cpu.destroy()
+        if "cpu" in self.__dict__:
+            self.cpu.destroy()
         self.page.destroy()
         self.stats.destroy()
         self.vm.release()
 
-    # ---- SEV-ES: for the launch and for a move to another VM, with the mutex held
+    # ---- SEV-ES: for the launch and for a move to another VM, with the mutex held (launched.py)
     @property
     def debugged(self) -> bool:
         """Does user space debug the vCPU, or has it set breakpoints in DR7? Then its VMSA cannot be launched."""
@@ -159,31 +167,11 @@ class VcpuFile(File):
 
     def protect(self) -> None:
         """The VMSA is encrypted: from now on no ioctl shows or changes the guest's registers."""
-        from kvmapi.model.ghcb.entry import from_vmsa
-
-        self.protected = ProtectedState(self)
-        from_vmsa(self.cpu, self.vm.type)
-        self.ghcb = self._es_guest(self.protected)
-
-    def _es_guest(self, protected: ProtectedState) -> GhcbUnit:
-        from kvmapi.model.ghcb.intercepts import Intercepts
-        from kvmapi.model.ghcb.unit import GhcbUnit
-
-        protected.begin()
-        unit = GhcbUnit(self, protected)
-        Intercepts(unit, bool(self.vm.sev.vmsa_features & SVM_SEV_FEAT_DEBUG_SWAP)).install()
-        return unit
+        launched.protect(self)
 
     def take_protected(self, source: VcpuFile) -> None:
-        """The guest of `source` moves here, registers and all; `source` is of a VM that dies. KVM does not make this vCPU's
-        x87 and SSE state confidential: what KVM had of it before can still be read.
-        """
-        self.protected = ProtectedState(self, confidential_fpu=False)
-        self.protected.take_over(source)
-        self.ghcb = self._es_guest(self.protected)
-        if source.ghcb is not None:
-            self.ghcb.take_over(source.ghcb)
-        source.protected = source.ghcb = None
+        """The guest of `source` moves here, registers and all; `source` is of a VM that dies."""
+        launched.move(self, source)
 
     def kvms_own(self, *, keep: bool = True) -> AbstractContextManager[None]:
         """For changes that KVM makes to registers: of a protected vCPU it has nothing but a copy."""
