@@ -29,9 +29,9 @@ def bitmap(pages: int, *, dirty: bool) -> bytearray:
 
 
 class DirtyLog:
-    """The log's ioctls on one VM. `flush` makes all vCPUs forget writable entries; the caller pauses them."""
+    """The log's ioctls on one VM. `flush(gfn, pages)` makes all vCPUs forget writable entries; the caller pauses them."""
 
-    def __init__(self, slots: Memslots, flush: Callable[[], None]) -> None:
+    def __init__(self, slots: Memslots, flush: Callable[[int, int], None]) -> None:
         self._slots = slots
         self._flush = flush
         self._options = 0
@@ -53,11 +53,11 @@ class DirtyLog:
         EFAULT: the bitmap cannot be written, and what was dirty is forgotten all the same.
         """
         number, _, address = _GET.unpack(data)
-        bits = self._log(self._slot(number))
+        slot = self._slot(number)
+        bits = self._log(slot)
         out = bytes(bits)
-        if not self._options and any(out):
-            bits[:] = bytes(len(bits))
-            self._flush()
+        if not self._options and slot is not None:
+            self._clean(slot, bits, 0, int.from_bytes(out, "little"))
         caller.memory.write(address, out)
 
     def clear(self, data: bytes, caller: Caller) -> None:
@@ -76,9 +76,17 @@ class DirtyLog:
         size, at = (pages + 63) // 64 * 8, first // 8
         wanted = int.from_bytes(caller.memory.read(address, size), "little") if size else 0
         dirty = int.from_bytes(bits[at : at + size], "little")
-        if wanted & dirty:
-            bits[at : at + size] = (dirty & ~wanted).to_bytes(size, "little")
-            self._flush()
+        if wanted & dirty and slot is not None:
+            self._clean(slot, bits, first, wanted & dirty)
+
+    def _clean(self, slot: Slot, bits: bytearray, first: int, dirty: int) -> None:
+        """Clear the log's bits `dirty`, which begin at page `first` (a multiple of 64), and have stores to these pages noticed again."""
+        if not dirty:
+            return
+        at, size = first // 8, (dirty.bit_length() + 7) // 8
+        bits[at : at + size] = (int.from_bytes(bits[at : at + size], "little") & ~dirty).to_bytes(size, "little")
+        lowest = (dirty & -dirty).bit_length() - 1
+        self._flush(slot.gfn + first + lowest, dirty.bit_length() - lowest)
 
     def _slot(self, number: int) -> Slot | None:
         if number >> 16 or number & 0xFFFF >= kvm.KVM_USER_MEM_SLOTS:

@@ -72,7 +72,7 @@ class VmFile(File):
         self.clock = VmClock(self.has_vcpus)
         self.physical = self._make_physical()
         self.stats = self.physical.stats = Stats(f"kvm-{os.getpid()}", OF_VM)
-        self.dirty_log = DirtyLog(self.slots, self.physical.flush)
+        self.dirty_log = DirtyLog(self.slots, self.physical.flush_range)
         self._slots_mutex = threading.Lock()
         self._vcpu_ids = 0  # ids of vCPUs end here, once that is set
         self.mutex = threading.Lock()  # the kernel's kvm->lock: vCPUs are made, and SEV commands done, one at a time
@@ -279,10 +279,10 @@ class VmFile(File):
                 new.gmem.bind(new)
             self.slots.put(new)
             if old is not None:
-                self.physical.flush()
+                self.physical.flush_range(old.gfn, old.pages)
         elif old is not None:
             self.slots.drop(old.id)
-            self.physical.drop_window(old.backing_key)
+            self.physical.slot_gone(old)
 
     # ---- the dirty log
     def _get_dirty_log(self, arg: int, caller: Caller) -> int:

@@ -58,15 +58,22 @@ def test_a_window_stays_when_its_slot_moves(model_host: Any) -> None:
         assert len(physical.windows) == len(windows) - 1
 
 
-def test_adding_a_slot_flushes_nothing(model_host: Any) -> None:
+def test_a_slot_that_nobody_used_flushes_nothing(model_host: Any) -> None:
     with LongGuest(model_host, STORE) as guest:
         assert guest.again(rdi=0x30000, rax=1) == Hlt()
         physical = model_host._files[guest.vm.fd][0].physical
         before = physical.generation
+        for gpa in (16 * MIB, 24 * MIB):  # made, and moved
+            guest.vm.set_user_memory_region(1, gpa, MIB, guest.hva)
+        guest.vm.set_user_memory_region(1, 24 * MIB, MIB, guest.hva, kvm.KVM_MEM_LOG_DIRTY_PAGES)
+        guest.vm.set_user_memory_region(1, 24 * MIB, 0, 0)
         guest.vm.set_user_memory_region(1, 16 * MIB, MIB, guest.hva)
         assert physical.generation == before
+        assert guest.again(rdi=16 * MIB, rax=2) == Hlt()
         guest.vm.set_user_memory_region(1, 32 * MIB, MIB, guest.hva)
         assert physical.generation > before
+        gone = guest.again(rdi=16 * MIB, rax=3)
+        assert isinstance(gone, Mmio) and gone.phys_addr == 16 * MIB
 
 
 def test_memory_that_went_during_an_mmio_exit_is_not_written(model_host: Any) -> None:

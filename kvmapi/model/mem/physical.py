@@ -188,6 +188,16 @@ class Physical:
         window = self.windows[id(owner)] = Window(base, size, pointer, owner)
         return window
 
+    def slot_gone(self, slot: Slot) -> None:
+        """A slot was deleted. Where nobody ever used it there is nothing to forget but what was known of its memory."""
+        first = slot.hva // PAGE
+        self._readable.remove_range(first, first + slot.pages)
+        self._writable.remove_range(first, first + slot.pages)
+        if id(slot.backing_key) in self.windows:
+            self.drop_window(slot.backing_key)
+        else:
+            self.flush_range(slot.gfn, slot.pages)
+
     def drop_window(self, owner: object) -> None:
         """The owner's memory goes away."""
         window = self.windows.pop(id(owner), None)
