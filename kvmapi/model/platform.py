@@ -15,7 +15,7 @@ from kvmapi.abi import caps, dialects, kvm
 from kvmapi.abi.vmsa import SVM_SEV_FEAT_DEBUG_SWAP
 from kvmapi.model.clock import CAPABILITIES as CLOCK_CAPABILITIES
 from kvmapi.model.clock import steal
-from kvmapi.model.cpu import cpuid, fpu
+from kvmapi.model.cpu import cpuid, fpu, mce, policy
 from kvmapi.model.dirty_log import ALL_OPTIONS
 from kvmapi.model.irq.routing import MAX_ROUTES
 from kvmapi.model.memslots import USER_SLOTS
@@ -39,6 +39,10 @@ PROTECTED_STATE_TYPES = frozenset((kvm.KVM_X86_SEV_ES_VM,))  # their registers c
 # Capabilities with the same answer at system and VM scope.
 _FIXED = {
     **CLOCK_CAPABILITIES,
+    **policy.CAPABILITIES,
+    **mce.CAPABILITIES,
+    caps.KVM_CAP_ONE_REG: 1,
+    caps.KVM_CAP_ENFORCE_PV_FEATURE_CPUID: 1,
     caps.KVM_CAP_USER_MEMORY: 1,
     caps.KVM_CAP_USER_MEMORY2: 1,
     caps.KVM_CAP_SET_TSS_ADDR: 1,

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from kvmapi.model.cpu.cpu import Cpu
     from kvmapi.model.vcpu import VcpuFile
 
+_MSRS = frozenset((ioctls.KVM_GET_MSRS, ioctls.KVM_SET_MSRS, ioctls.KVM_GET_ONE_REG, ioctls.KVM_SET_ONE_REG))
 Method = Callable[[int, Caller], int]
 
 _REGS_SIZE, _DEBUGREGS_SIZE, _XCRS_SIZE, _GUEST_DEBUG_SIZE, _TRANSLATION_SIZE = 144, 128, 392, 72, 24
@@ -183,7 +184,7 @@ class ProtectedState:
             return self._showing_control(_GETS_SREGS[request])
         if request in _SETS_SREGS:
             return self._on_kvms_own(ordinary, keep=False)
-        if request in _REGISTERS or request in _FPU or request in (ioctls.KVM_GET_MSRS, ioctls.KVM_SET_MSRS):
+        if request in _REGISTERS or request in _FPU or request in _MSRS:
             return self._on_kvms_own(ordinary)
         return ordinary
 

@@ -8,7 +8,8 @@ import struct
 from kvmapi.abi import ioctls, kvm, sev
 from kvmapi.abi.dialects import MAINLINE
 from kvmapi.model.caller import Caller, Errno
-from kvmapi.model.cpu import fpu
+from kvmapi.model.cpu import fpu, mce
+from kvmapi.model.cpu.machine_msrs import FEATURES
 from kvmapi.model.cpu.msrs import INDEX_LIST
 from kvmapi.model.files import File
 from kvmapi.model.platform import Platform
@@ -21,9 +22,6 @@ _MSR_ENTRY = struct.Struct("<IIQ")
 _MAX_MSRS = 256
 _SEV_ATTRIBUTES = frozenset((sev.KVM_X86_SEV_VMSA_FEATURES, sev.KVM_X86_SNP_POLICY_BITS, sev.KVM_X86_SEV_SNP_REQ_CERTS))
 _XCOMP_GUEST_SUPP = 0  # attribute of group 0: the XCR0 bits a guest may have
-# Features that a CPU tells in MSRs: LFENCE serializes (DE_CFG), the microcode's number, no ARCH_CAPABILITIES and no
-# PERF_CAPABILITIES, CPUID faulting (PLATFORM_INFO). KVM's list on AMD.
-_FEATURE_MSRS = {0xC0011029: 2, 0x8B: 0x01000065, 0x10A: 0, 0x345: 0, 0xCE: 1 << 31}
 
 
 class KvmDevice(File):
@@ -41,8 +39,9 @@ class KvmDevice(File):
             ioctls.KVM_GET_VCPU_MMAP_SIZE: self._mmap_size,
             ioctls.KVM_GET_SUPPORTED_CPUID: self._supported_cpuid,
             ioctls.KVM_GET_MSR_INDEX_LIST: lambda arg, caller: _index_list(arg, caller, INDEX_LIST),
-            ioctls.KVM_GET_MSR_FEATURE_INDEX_LIST: lambda arg, caller: _index_list(arg, caller, tuple(_FEATURE_MSRS)),
+            ioctls.KVM_GET_MSR_FEATURE_INDEX_LIST: lambda arg, caller: _index_list(arg, caller, tuple(FEATURES)),
             ioctls.KVM_GET_MSRS: self._feature_msrs,
+            ioctls.KVM_X86_GET_MCE_CAP_SUPPORTED: self._machine_checks,
             ioctls.KVM_HAS_DEVICE_ATTR: self._has_attribute,
             ioctls.KVM_GET_DEVICE_ATTR: self._get_attribute,
         }
@@ -93,11 +92,15 @@ class KvmDevice(File):
             raise Errno(errno.E2BIG)
         data = caller.memory.read(arg + 8, count * _MSR_ENTRY.size) if count else b""
         rows = list(_MSR_ENTRY.iter_unpack(data))
-        known = next((at for at, row in enumerate(rows) if row[0] not in _FEATURE_MSRS and row[0] not in INDEX_LIST), count)
-        filled = [(number, pad, _FEATURE_MSRS.get(number, 0)) for number, pad, _ in rows[: known + 1]]  # the one that stops it reads 0
+        known = next((at for at, row in enumerate(rows) if row[0] not in FEATURES and row[0] not in INDEX_LIST), count)
+        filled = [(number, pad, FEATURES.get(number, 0)) for number, pad, _ in rows[: known + 1]]  # the one that stops it reads 0
         if filled:
             caller.memory.write(arg + 8, b"".join(_MSR_ENTRY.pack(*row) for row in filled))
         return known
+
+    def _machine_checks(self, arg: int, caller: Caller) -> int:
+        caller.memory.write(arg, struct.pack("<Q", mce.SUPPORTED_CAP))
+        return 0
 
     # ---- device attributes of /dev/kvm: what SEV and XSAVE can be asked for
     def _attribute(self, arg: int, caller: Caller) -> tuple[int, int]:

@@ -1,5 +1,5 @@
-"""The ioctls that read and write one vCPU's state: registers, FPU, debug registers, CPUID, MSRs and events, as KVM's
-structs.
+"""The ioctls that read and write one vCPU's state: registers, FPU, debug registers, CPUID and events, as KVM's structs.
+MSRs are in vcpu_msrs.py.
 
 Each runs with the vCPU's mutex held and the vCPU outside KVM_RUN. Setting is checked first and applied whole or not
 at all.
@@ -12,17 +12,17 @@ import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvmapi.abi import ioctls, kvm
+from kvmapi.abi import caps, ioctls, kvm
 from kvmapi.abi.vmsa import SVM_SEV_FEAT_DEBUG_SWAP
 from kvmapi.model.caller import PAGE, Caller, Errno
-from kvmapi.model.cpu import events, layout, sregs
-from kvmapi.model.cpu.cpuid import OSXSAVE, SEV_LEAF, Leaf, Table
+from kvmapi.model.cpu import events, layout, runtime_cpuid, sregs
+from kvmapi.model.cpu.cpuid import SEV_LEAF, Leaf, Table
 from kvmapi.model.cpu.mmu import Fault
-from kvmapi.model.cpu.msrs import NoSuchMsr
 from kvmapi.model.irq import state as irq_state
 from kvmapi.model.mem.physical import Refused
 from kvmapi.model.platform import C_BIT
 from kvmapi.model.vcpu_fpu import FpuState
+from kvmapi.model.vcpu_msrs import MsrState
 
 if TYPE_CHECKING:
     from kvmapi.model.vcpu import VcpuFile
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 REGS = struct.Struct("<18Q")
 _NATIVE_REGS = struct.Struct("<17Q")  # 16 registers in the encoder's order, and RIP
 _CPUID_ENTRY = struct.Struct("<IIIIIII12x")
-_MSR_ENTRY = struct.Struct("<IIQ")
-_MAX_MSRS = 256
 _MAX_CPUID_ENTRIES = 256
 _DEBUGREGS = struct.Struct("<7Q72x")  # db[4] dr6 dr7 flags
 _GUEST_DEBUG = struct.Struct("<I4x8Q")
@@ -42,11 +40,6 @@ _SIZES_LEAF = 0x80000008  # linear address bits in EAX 15:8
 Method = Callable[[int, Caller], int]
 
 
-def _told(rows: list[Leaf]) -> list[Leaf]:
-    """What the guest is told: CPUID without the bit that follows CR4 while the guest runs."""
-    return [row._replace(ecx=row.ecx & ~OSXSAVE) if row.function == 1 else row for row in rows]
-
-
 class VcpuState:
     """The state ioctls of one vCPU."""
 
@@ -54,11 +47,13 @@ class VcpuState:
         self._vcpu = vcpu
         self._cpu = vcpu.cpu
         self.fpu = FpuState(vcpu.cpu)
+        self._msrs = MsrState(vcpu)
 
     def handlers(self) -> dict[int, Method]:
         """Request number -> method; the caller adds the locking."""
         return {
             **self.fpu.handlers(),
+            **self._msrs.handlers(),
             **irq_state.handlers(self._vcpu.activity),
             ioctls.KVM_GET_REGS: self._get_regs,
             ioctls.KVM_SET_REGS: self._set_regs,
@@ -77,8 +72,6 @@ class VcpuState:
             **self._vcpu.clock.handlers(),
             ioctls.KVM_GET_STATS_FD: lambda arg, caller: caller.install(self._vcpu.stats.open()),
             ioctls.KVM_ENABLE_CAP: self._enable_cap,
-            ioctls.KVM_GET_MSRS: self._get_msrs,
-            ioctls.KVM_SET_MSRS: self._set_msrs,
             ioctls.KVM_SET_CPUID2: self._set_cpuid2,
             ioctls.KVM_GET_CPUID2: self._get_cpuid2,
             ioctls.KVM_GET_MP_STATE: self._get_mp_state,
@@ -236,8 +229,11 @@ class VcpuState:
         return 0
 
     def _enable_cap(self, arg: int, caller: Caller) -> int:
-        caller.memory.read(arg, 104)  # struct kvm_enable_cap
-        raise Errno(errno.EINVAL)  # no capability of a vCPU is modelled
+        cap, flags, first = struct.unpack("<IIQ88x", caller.memory.read(arg, 104))
+        if flags or cap != caps.KVM_CAP_ENFORCE_PV_FEATURE_CPUID:
+            raise Errno(errno.EINVAL)
+        self._cpu.msrs.enforces_pv_features = bool(first)
+        return 0
 
     # ---- CPUID and MSRs
     def _set_cpuid2(self, arg: int, caller: Caller) -> int:
@@ -246,7 +242,7 @@ class VcpuState:
             raise Errno(errno.E2BIG)
         data = caller.memory.read(arg + 8, count * _CPUID_ENTRY.size) if count else b""
         rows = [Leaf(*row) for row in _CPUID_ENTRY.iter_unpack(data)]
-        if self._vcpu.entered and _told(rows) != _told(self._cpu.cpuid.rows):
+        if self._vcpu.entered and runtime_cpuid.rows(self._cpu, rows) != runtime_cpuid.rows(self._cpu, self._cpu.cpuid.rows):
             raise Errno(errno.EINVAL)  # the features of a vCPU that ran cannot be changed
         if any(row.function == _SIZES_LEAF and row.eax >> 8 & 0xFF not in (0, 48, 57) for row in rows):
             raise Errno(errno.EINVAL)
@@ -258,7 +254,7 @@ class VcpuState:
 
     def _get_cpuid2(self, arg: int, caller: Caller) -> int:
         room = struct.unpack("<I", caller.memory.read(arg, 4))[0]
-        rows = self._cpu.cpuid.rows
+        rows = runtime_cpuid.rows(self._cpu, self._cpu.cpuid.rows)
         if room < len(rows):
             raise Errno(errno.E2BIG)
         caller.memory.write(arg, struct.pack("<II", len(rows), 0) + b"".join(_CPUID_ENTRY.pack(*row) for row in rows))
@@ -271,38 +267,6 @@ class VcpuState:
         status = _SEV | (_SEV_ES if sev.es_active else 0) | (_DEBUG_SWAP if sev.vmsa_features & SVM_SEV_FEAT_DEBUG_SWAP else 0)
         self._cpu.msrs.sev_status = status if sev.active and self._cpu.cpuid.has(SEV_LEAF) else 0
         self._cpu.mmu.reset()
-
-    def _msr_entries(self, arg: int, caller: Caller) -> list[tuple[int, int, int]]:
-        count = struct.unpack("<I", caller.memory.read(arg, 4))[0]
-        if count >= _MAX_MSRS:
-            raise Errno(errno.E2BIG)
-        data = caller.memory.read(arg + 8, count * _MSR_ENTRY.size) if count else b""
-        return list(_MSR_ENTRY.iter_unpack(data))
-
-    def _get_msrs(self, arg: int, caller: Caller) -> int:
-        protected, told, done = self._vcpu.protected, b"", 0
-        for number, reserved, _ in self._msr_entries(arg, caller):
-            try:
-                hidden = protected is not None and protected.hides(number)
-                told += _MSR_ENTRY.pack(number, reserved, 0 if hidden else self._cpu.msrs.read(number))
-            except NoSuchMsr:
-                told += _MSR_ENTRY.pack(number, reserved, 0)  # the one that stops it reads 0
-                break
-            done += 1
-        if told:
-            caller.memory.write(arg + 8, told)
-        return done
-
-    def _set_msrs(self, arg: int, caller: Caller) -> int:
-        protected, done = self._vcpu.protected, 0
-        for number, _, value in self._msr_entries(arg, caller):
-            try:
-                if protected is None or not protected.drops(number, value):
-                    self._cpu.msrs.write(number, value, host=True)
-            except NoSuchMsr:
-                break
-            done += 1
-        return done
 
     # ---- KVM_TRANSLATE
     def _translate(self, arg: int, caller: Caller) -> int:

@@ -21,7 +21,7 @@ from kvmapi.model.attributes import PrivateSet
 from kvmapi.model.caller import PAGE, Caller, Errno
 from kvmapi.model.clock.vm import VmClock
 from kvmapi.model.cpu.cpuid import MAX_PHYS_BITS
-from kvmapi.model.cpu.privileged import ExitPolicy
+from kvmapi.model.cpu.policy import ExitPolicy
 from kvmapi.model.dirty_log import DirtyLog, bitmap
 from kvmapi.model.files import File
 from kvmapi.model.guest_memfd import GuestMemfdFile, supported_flags
@@ -183,7 +183,7 @@ class VmFile(File):
             sharing.copy_from(self.sev, first, caller)
         elif cap == caps.KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM:
             sharing.move_from(self.sev, first, caller)
-        else:
+        elif not self.exits.enable(cap, first):
             raise Errno(errno.EINVAL)
         return 0
 

@@ -47,7 +47,7 @@ def known_msrs(cpu: Cpu) -> dict[int, int]:
     found = {}
     for number in MSRS:
         try:
-            found[number] = cpu.msrs.read(number)
+            found[number] = cpu.msrs.read(number, host=True)
         except NoSuchMsr:
             continue
     return found

@@ -1,9 +1,9 @@
-"""MOV to control and debug registers, MOV from CR8, XSETBV and LTR, with the checks a processor makes and the engine
-does not.
+"""MOV to control registers, to and from debug registers, MOV from CR8, XSETBV, LTR, MONITOR and MWAIT, with the checks a
+processor makes and the engine does not.
 
-The scan finds these instructions like the other sensitive ones. MOV to CR2, MOV from the other control and from debug
-registers, LMSW and CLTS stay with the engine, which handles them as it should. Switching paging on and off moves the
-CPU into and out of long mode: EFER.LMA follows here. Source: AMD64 Architecture Programmer's Manual, volume 2,
+The scan finds these instructions like the other sensitive ones. MOV to CR2, MOV from the other control registers,
+LMSW and CLTS stay with the engine, which handles them as it should. Switching paging on and off moves the CPU into and
+out of long mode: EFER.LMA follows here. Source: AMD64 Architecture Programmer's Manual, volume 2,
 sections 3.1, 5.2, 5.3 and 14.6; what KVM checks in kvm_set_cr0, kvm_set_cr3, kvm_set_cr4, kvm_set_dr and kvm_set_xcr
 (arch/x86/kvm/x86.c).
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE
-from kvmapi.model.cpu import fpu
+from kvmapi.model.cpu import fpu, runtime_cpuid
 from kvmapi.model.cpu.mmu import Fault
 from kvmapi.model.cpu.state import CS, F_L
 from kvmapi.model.mem.physical import Refused
@@ -54,19 +54,37 @@ def mov_from_cr8(cpu: Cpu, site: Site) -> None:
     cpu.privileged.advance(site.length)
 
 
-def mov_to_dr(cpu: Cpu, site: Site) -> None:
+def mov_to_dr(cpu: Cpu, site: Site) -> int | None:
     """MOV to a debug register. DR4 and DR5 are other names of DR6 and DR7, unless CR4.DE is set. Raises Fault."""
-    registers = cpu.registers
-    if registers.cpl:
-        raise Fault(_GP, 0)
-    if site.control in (4, 5) and registers.cr(4) & CR4_DE:
-        raise Fault(_UD, None)
+    registers, number = cpu.registers, _debug_register(cpu, site)
+    if cpu.debug.detects_access:
+        return cpu.debug.access_detected()
     value = registers.gpr(site.register) & (_U64 if registers.long_mode else _U32)
-    number = site.control + 2 if site.control in (4, 5) else site.control
     if number >= 6 and value >> 32:
         raise Fault(_GP, 0)
     cpu.debug.write_register(number, value)
     cpu.privileged.advance(site.length)
+    return None
+
+
+def mov_from_dr(cpu: Cpu, site: Site) -> int | None:
+    """MOV from a debug register. Raises Fault."""
+    number = _debug_register(cpu, site)
+    if cpu.debug.detects_access:
+        return cpu.debug.access_detected()
+    value = cpu.debug.registers()[number]
+    cpu.registers.set_gpr(site.register, value if cpu.registers.long_mode else value & _U32)
+    cpu.privileged.advance(site.length)
+    return None
+
+
+def _debug_register(cpu: Cpu, site: Site) -> int:
+    """Its number. Raises Fault."""
+    if cpu.registers.cpl:
+        raise Fault(_GP, 0)
+    if site.control in (4, 5) and cpu.registers.cr(4) & CR4_DE:
+        raise Fault(_UD, None)
+    return site.control + 2 if site.control in (4, 5) else site.control
 
 
 def xsetbv(cpu: Cpu, site: Site) -> None:
@@ -89,6 +107,19 @@ def ltr(cpu: Cpu, site: Site) -> int | None:
     return cpu.after_step(cpu.step())
 
 
+def monitor_mwait(cpu: Cpu, site: Site) -> None:
+    """MONITOR and MWAIT: KVM executes them as NOPs. A guest without MWAIT gets #UD only where user space disabled the quirk
+    that it never does. What a processor checks, it checks first (ECX names no extension that there is). Raises Fault.
+    """
+    if cpu.registers.cpl:
+        raise Fault(_UD, None)
+    if cpu.registers.gpr(_RCX) & (_U32 if site.kind == "monitor" else _U32 & ~1):
+        raise Fault(_GP, 0)
+    if not cpu.policy.has_quirk(kvm.KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS) and not runtime_cpuid.has_mwait(cpu):
+        raise Fault(_UD, None)
+    cpu.privileged.advance(site.length)
+
+
 def undefined(_cpu: Cpu, _site: Site) -> None:
     """An instruction that no processor has, but the engine."""
     raise Fault(_UD, None)
@@ -98,6 +129,9 @@ INSTRUCTIONS = {
     "mov_to_cr": mov_to_cr,
     "mov_from_cr": mov_from_cr8,
     "mov_to_dr": mov_to_dr,
+    "mov_from_dr": mov_from_dr,
+    "monitor": monitor_mwait,
+    "mwait": monitor_mwait,
     "xsetbv": xsetbv,
     "ltr": ltr,
     "undefined": undefined,

@@ -33,7 +33,8 @@ from kvmapi.model.cpu.mmio import MmioUnit, scratch_page
 from kvmapi.model.cpu.mmu import Fault, Mmu
 from kvmapi.model.cpu.msrs import Msrs
 from kvmapi.model.cpu.native import Native, TlbFill
-from kvmapi.model.cpu.privileged import ExitPolicy, Privileged
+from kvmapi.model.cpu.policy import ExitPolicy
+from kvmapi.model.cpu.privileged import Privileged
 from kvmapi.model.cpu.refusals import Refusals
 from kvmapi.model.cpu.state import Registers
 from kvmapi.model.cpu.step import Stepper, Watch
@@ -71,7 +72,7 @@ class Cpu:
         self.mmu = Mmu(self.native, self.where, physical, self.scratch_address, self.code, self._fetched)
         self.stepper = Stepper(self)
         self.cpuid = Table([])
-        self.msrs = Msrs(self.registers, bootstrap=bootstrap)
+        self.msrs = Msrs(self.registers, policy, bootstrap=bootstrap)
         self.privileged = Privileged(self, policy)
         self.hypercalls = Hypercalls(self, policy)
         self.events = Events(self)
@@ -85,7 +86,7 @@ class Cpu:
         self.intercepts: Intercepts | None = None  # of an SEV-ES guest: what raises #VC in it
         self.attention = False  # events or debugging want a look before the guest is entered
         self.lapic: Lapic | None = None  # where KVM_CREATE_IRQCHIP made controllers
-        self._policy = policy
+        self.policy = policy
         self._cr8 = 0
         self.event = -1  # the exception that the engine reported last
         self.stepped = False  # was it the stepper that ran last?
@@ -108,14 +109,14 @@ class Cpu:
 
     def device_read(self, gpa: int, size: int) -> bytes | None:
         """A load from where no memory is; None: nobody but user space has a device there."""
-        lapic, bus = self.lapic, self._policy.bus
+        lapic, bus = self.lapic, self.policy.bus
         if lapic is not None and gpa & -PAGE == lapic.page:
             return lapic.read(gpa & (PAGE - 1), size).to_bytes(size, "little")
         return bus.read("mmio", gpa, size) if bus is not None else None
 
     def device_write(self, gpa: int, data: bytes) -> bool:
         """A store to where no memory is; False: user space must hear of it."""
-        lapic, bus = self.lapic, self._policy.bus
+        lapic, bus = self.lapic, self.policy.bus
         if lapic is not None and gpa & -PAGE == lapic.page:
             lapic.write(gpa & (PAGE - 1), len(data), int.from_bytes(data, "little"))
             return True

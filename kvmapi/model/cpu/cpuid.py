@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kvmapi.abi import kvm
 from kvmapi.model.cpu import fpu
 
 INDEXED = 1  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX
@@ -30,6 +31,7 @@ def _text(text: str) -> tuple[int, ...]:
 
 
 _VENDOR = _text("AuthenticAMD")
+_SIGNATURE = _text("KVMKVMKVM\0\0\0")
 _BRAND = _text("sevmm software model CPU".ljust(48, "\0"))
 # leaf 1: SSE3 PCLMULQDQ SSSE3 CX16 SSE4.1 SSE4.2 x2APIC MOVBE POPCNT TSC-deadline AES XSAVE RDRAND, hypervisor
 _1_ECX = 1 << 0 | 1 << 1 | 1 << 9 | 1 << 13 | 0x1F << 19 | 1 << 24 | 1 << 25 | 1 << 26 | 1 << 30 | 1 << 31
@@ -39,13 +41,16 @@ _7_EBX = 1 << 0 | 1 << 1 | 1 << 7 | 1 << 20  # FSGSBASE TSC_ADJUST SMEP SMAP; no
 _X1_ECX = 1 << 0 | 1 << 5  # LAHF ABM
 _X1_EDX = (_1_EDX & 0x0183F3FF) | 1 << 11 | 1 << 20 | 1 << 26 | 1 << 27 | 1 << 29  # SYSCALL NX 1G pages RDTSCP LM
 KVM_LEAF, KVM_FEATURES = 0x40000000, 0x40000001
-_PV_FEATURES = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 12 | 1 << 24  # CLOCKSOURCE NOP_IO_DELAY CLOCKSOURCE2 POLL_CONTROL CLOCKSOURCE_STABLE
-_STEAL_TIME = 1 << 5
+_PV_FEATURES = (
+    1 << kvm.KVM_FEATURE_CLOCKSOURCE | 1 << kvm.KVM_FEATURE_NOP_IO_DELAY | 1 << kvm.KVM_FEATURE_CLOCKSOURCE2
+    | 1 << kvm.KVM_FEATURE_POLL_CONTROL | 1 << kvm.KVM_FEATURE_PV_SCHED_YIELD | 1 << kvm.KVM_FEATURE_CLOCKSOURCE_STABLE_BIT
+)  # fmt: skip
+_STEAL_TIME = 1 << kvm.KVM_FEATURE_STEAL_TIME
 SEV_LEAF = 0x8000001F
 FAMILY_MODEL = 0x00800F12  # an EPYC of the first generation
 MAX_PHYS_BITS = 48
 OSXSAVE = 1 << 27  # leaf 1 ECX: follows CR4.OSXSAVE while the guest runs
-_XSAVE_BYTES = fpu.FXSAVE_SIZE + 64  # legacy area and header: the model has no component beyond x87 and SSE
+XSAVE_BYTES = fpu.FXSAVE_SIZE + 64  # legacy area and header: the model has no component beyond x87 and SSE
 
 
 def supported(sev_eax: int, c_bit: int, asids: int, min_sev_asid: int, *, steal_time: bool = False) -> list[Leaf]:
@@ -56,9 +61,9 @@ def supported(sev_eax: int, c_bit: int, asids: int, min_sev_asid: int, *, steal_
         Leaf(0, 0, 0, 0xD, _VENDOR[0], _VENDOR[2], _VENDOR[1]),
         Leaf(1, 0, 0, FAMILY_MODEL, 0x00000800, _1_ECX, _1_EDX),
         Leaf(7, 0, INDEXED, 0, _7_EBX, 0, 0),
-        Leaf(0xD, 0, INDEXED, fpu.SUPPORTED, _XSAVE_BYTES, _XSAVE_BYTES, 0),
+        Leaf(0xD, 0, INDEXED, fpu.SUPPORTED, XSAVE_BYTES, XSAVE_BYTES, 0),
         Leaf(0xD, 1, INDEXED, 0, 0, 0, 0),
-        Leaf(KVM_LEAF, 0, 0, KVM_FEATURES, *_text("KVMKVMKVM\0\0\0")),
+        Leaf(KVM_LEAF, 0, 0, KVM_FEATURES, *_SIGNATURE),
         Leaf(KVM_FEATURES, 0, 0, _PV_FEATURES | (_STEAL_TIME if steal_time else 0), 0, 0, 0),
         Leaf(0x80000000, 0, 0, SEV_LEAF, _VENDOR[0], _VENDOR[2], _VENDOR[1]),
         Leaf(0x80000001, 0, 0, FAMILY_MODEL, 0, _X1_ECX, _X1_EDX),
@@ -87,6 +92,10 @@ class Table:
         self.cr4_valid = CR4_ALWAYS | self._offered(_CR4_OFFERED)
         self.efer_valid = 1 | self._offered(_EFER_OFFERED)
         self.x2apic = bool(self._offered(((0, 1, "ecx", 21),)))
+        self.tsc_aux = bool(self._offered(((0, 0x80000001, "edx", 27), (0, 7, "ecx", 22))))  # RDTSCP or RDPID
+        self.sse3 = bool(self._offered(((0, 1, "ecx", 0),)))
+        self.mwait = bool(self._offered(((0, 1, "ecx", 3),)))
+        self.pv_features = self._pv_features()
         self.tsc_deadline = bool(self._offered(((0, 1, "ecx", 24),)))
         self.tsc_adjust = bool(self._offered(((0, 7, "ebx", 1),)))
 
@@ -99,10 +108,23 @@ class Table:
                 found |= 1 << bit
         return found
 
+    def _pv_features(self) -> int:
+        """KVM's feature bits in the leaf behind the one that has its signature; 0 where there is none."""
+        for base in range(KVM_LEAF, KVM_LEAF + 0x10000, 0x100):
+            row = self._plain.get(base)
+            if row is not None and row[4:7] == _SIGNATURE:
+                features = self._plain.get(base | 1)
+                return features.eax if features is not None else 0
+        return 0
+
     def read(self, function: int, index: int) -> tuple[int, int, int, int]:
-        """EAX, EBX, ECX, EDX."""
-        row = self._plain.get(function) or self._indexed.get((function, index))
+        """EAX, EBX, ECX, EDX, as user space set them; runtime_cpuid.py has them as they are."""
+        row = self.find(function, index)
         return row[3:7] if row is not None else (0, 0, 0, 0)
+
+    def find(self, function: int, index: int) -> Leaf | None:
+        """The row that answers; None for an absent leaf."""
+        return self._plain.get(function) or self._indexed.get((function, index))
 
     def has(self, function: int) -> bool:
         return self.read(function, 0) != (0, 0, 0, 0)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DB_VECTOR, BP_VECTOR = 1, 3
 _DR6_ACTIVE_LOW, _DR6_BS, _DR6_RESERVED = 0xFFFF0FF0, 1 << 14, 1 << 12
+_DR6_BD, _DR7_GD = 1 << 13, 1 << 13
 _DR7_ALWAYS, _DR7_RESERVED = 1 << 10, 0xD800  # of its lower half
 _RF, _TF = 1 << 16, 1 << 8
 _REPEAT = (b"\xf2", b"\xf3")
@@ -108,8 +109,8 @@ class GuestDebug:
     def _arm(self) -> None:
         """Which breakpoints count now: user space's while it uses the hardware's, the guest's own otherwise."""
         self._guest_owns = not self._control & kvm.KVM_GUESTDBG_USE_HW_BP
-        hardware = breakpoints(self._registers() if self._guest_owns else self._asked_for)
-        self._dr7 = self._asked_for[7] if hardware and not self._guest_owns else 0x400
+        hardware = breakpoints(self.registers() if self._guest_owns else self._asked_for)
+        self._dr7 = self._asked_for[7] if not self._guest_owns and (hardware or self._asked_for[7] & _DR7_GD) else 0x400
         self._breakpoints = [point for point in hardware if point.kind == _EXECUTE]
         self._data = [point for point in hardware if point.kind in (_STORE, _ACCESS)]
         self._cpu.attention = True
@@ -120,7 +121,8 @@ class GuestDebug:
             code.flush()
 
     # ---- the guest's own debug registers
-    def _registers(self) -> tuple[int, ...]:
+    def registers(self) -> tuple[int, ...]:
+        """DR0 to DR7."""
         return struct.unpack_from("<8Q", self._cpu.native.state, self._cpu.where.debug)
 
     def write_register(self, number: int, value: int) -> None:
@@ -137,7 +139,7 @@ class GuestDebug:
 
     def guest_changed(self) -> None:
         """The guest's debug registers were written."""
-        if self._guest_owns and (self._breakpoints or self._data or self._registers()[7] & 0xFF):
+        if self._guest_owns and (self._breakpoints or self._data or self.registers()[7] & 0xFF):
             self._arm()
 
     def registers_set(self) -> None:
@@ -152,6 +154,20 @@ class GuestDebug:
         """
         trap, self._trap = self._trap, False
         return _TF if trap and (vector not in _THROUGH_KVM or self._cpu.registers.linear_rip == self._began) else 0
+
+    @property
+    def detects_access(self) -> bool:
+        """DR7.GD: is the next MOV to or from a debug register to be reported, and not executed?"""
+        return bool((self.registers()[7] if self._guest_owns else self._asked_for[7]) & _DR7_GD)
+
+    def access_detected(self) -> int | None:
+        """Such a MOV: an exit, or the guest's #DB, whose handler finds GD cleared (None)."""
+        if self.catches_db:
+            return self._exit(DB_VECTOR, _DR6_ACTIVE_LOW | _DR6_BD)
+        *_, dr6, dr7 = self.registers()
+        self.write_register(6, dr6 | _DR6_BD)
+        self.write_register(7, dr7 & ~_DR7_GD)
+        return self._cpu.raise_in_guest(DB_VECTOR, None)
 
     # ---- exits
     def _exit(self, vector: int, dr6: int) -> int:
@@ -174,7 +190,7 @@ class GuestDebug:
         """Breakpoints were hit: an exit, or, when they are the guest's own, its #DB (None)."""
         if not self._guest_owns:
             return self._exit(DB_VECTOR, _DR6_ACTIVE_LOW | bits)
-        self.write_register(6, self._registers()[6] | bits)
+        self.write_register(6, self.registers()[6] | bits)
         return self._cpu.raise_in_guest(DB_VECTOR, None)
 
     def trapped(self) -> int:

@@ -33,7 +33,11 @@ _SHADOW = kvm.KVM_X86_SHADOW_INT_STI | kvm.KVM_X86_SHADOW_INT_MOV_SS  # kvm_amd 
 _SOFT_OPCODES = {3: b"\xcc", 4: b"\xce"}
 _SOFT = frozenset(_SOFT_OPCODES)  # KVM_GET_VCPU_EVENTS does not report these: the guest raises them again
 _VALID = (
-    kvm.KVM_VCPUEVENT_VALID_NMI_PENDING | kvm.KVM_VCPUEVENT_VALID_SIPI_VECTOR | kvm.KVM_VCPUEVENT_VALID_SHADOW | kvm.KVM_VCPUEVENT_VALID_SMM
+    kvm.KVM_VCPUEVENT_VALID_NMI_PENDING
+    | kvm.KVM_VCPUEVENT_VALID_SIPI_VECTOR
+    | kvm.KVM_VCPUEVENT_VALID_SHADOW
+    | kvm.KVM_VCPUEVENT_VALID_SMM
+    | kvm.KVM_VCPUEVENT_VALID_TRIPLE_FAULT
 )
 
 
@@ -49,6 +53,7 @@ class Events:
         self.nmi_pending = 0
         self.nmi_masked = False
         self.nmi_injected = False  # in delivery already: a mask does not hold it back
+        self._shutdown = False  # a triple fault that KVM or user space asked for
         self.window_wanted = False
         self.iret_unmasks = True  # IRET ends an NMI handler; an SEV-ES guest says by itself when it is over
 
@@ -59,7 +64,10 @@ class Events:
         exception = (self.exception is not None and vector not in _SOFT, vector, error is not None, 0, error or 0)
         interrupt = (self.interrupt is not None and not self._soft, self.interrupt or 0, 0, self._shadow())
         flags = kvm.KVM_VCPUEVENT_VALID_NMI_PENDING | kvm.KVM_VCPUEVENT_VALID_SHADOW | kvm.KVM_VCPUEVENT_VALID_SMM
-        return _LAYOUT.pack(*exception, *interrupt, self.nmi_injected, self.nmi_pending, self.nmi_masked, 0, 0, flags, 0, 0, 0, 0, 0, 0, 0)
+        knows = self._cpu.policy.triple_fault_event
+        flags |= kvm.KVM_VCPUEVENT_VALID_TRIPLE_FAULT if knows else 0
+        nmi = (self.nmi_injected, self.nmi_pending, self.nmi_masked, 0)
+        return _LAYOUT.pack(*exception, *interrupt, *nmi, 0, flags, 0, 0, 0, 0, knows and self._shutdown, 0, 0)
 
     def unpack(self, data: bytes) -> bool:
         """Take struct kvm_vcpu_events; False (nothing changed) when KVM refuses it."""
@@ -72,6 +80,10 @@ class Events:
             return False
         if injected and (vector > _MAX_EXCEPTION or vector == _NMI):
             return False
+        if flags & kvm.KVM_VCPUEVENT_VALID_TRIPLE_FAULT:
+            if not self._cpu.policy.triple_fault_event:
+                return False
+            self._shutdown = bool(fields[19])
         self.exception, self._queued = (vector, error if has_error else None) if injected else None, False
         self.interrupt = interrupt if interrupt_injected else None
         self._soft = bool(soft)
@@ -83,9 +95,13 @@ class Events:
         return True
 
     def queue_exception(self, vector: int) -> None:
-        """KVM_SET_GUEST_DEBUG's injection: deliver at the next entry, unless registers are set before."""
+        """KVM_SET_GUEST_DEBUG's injection, or a machine check: deliver at the next entry, unless registers are set before."""
         self.exception, self._queued = (vector, None), True
         self._cpu.attention = True
+
+    def shut_down(self) -> None:
+        """A triple fault: the next entry ends KVM_RUN with KVM_EXIT_SHUTDOWN."""
+        self._shutdown = self._cpu.attention = True
 
     def forget_pending(self) -> None:
         """Registers were set: an exception that was queued is gone, one in delivery is not."""
@@ -145,6 +161,9 @@ class Events:
     def before_entry(self) -> int | None:
         """Deliver what is due; KVM_RUN's result if that, or an open window, ends the run."""
         cpu = self._cpu
+        if self._shutdown:
+            self._shutdown = False
+            return cpu.page.head(kvm.KVM_EXIT_SHUTDOWN)
         result = self._deliver_begun()
         if result is not None:
             return result

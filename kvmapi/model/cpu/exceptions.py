@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _UD = 6
 _EXIT_NPF, _NPF_USER = 0x400, 1 << 32 | 1 << 2  # the exit that KVM reports a failed delivery with, and its first information
 _CLAC, _STAC, _RDPMC = b"\x0f\x01\xca", b"\x0f\x01\xcb", b"\x0f\x33"
-_HYPERCALLS = (b"\x0f\x01\xc1", b"\x0f\x01\xd9")  # vmcall, vmmcall: KVM accepts either (it patches the wrong one)
+_VMCALL, _VMMCALL = b"\x0f\x01\xc1", b"\x0f\x01\xd9"
 
 
 class Exceptions:
@@ -70,8 +70,8 @@ class Exceptions:
         if code[:2] == _RDPMC:  # there are no counters
             return self.raise_in_guest(GP_VECTOR, 0)
         prefix = 1 if code[:1] in (b"\xf3", b"\xf2", b"\x66") else 0
-        if code[prefix : prefix + 3] in _HYPERCALLS:
-            return cpu.hypercalls.execute(prefix + 3)
+        if code[prefix : prefix + 3] in (_VMCALL, _VMMCALL):
+            return cpu.hypercalls.execute(prefix + 3) if code[prefix : prefix + 3] == _VMMCALL else cpu.hypercalls.foreign()
         return self.raise_in_guest(_UD, None)
 
     def raise_in_guest(
@@ -99,14 +99,19 @@ class Exceptions:
                 return cpu.page.internal_error(kvm.KVM_INTERNAL_ERROR_DELIVERY_EV, why.gpa, _EXIT_NPF, _NPF_USER, why.gpa, 0)
             return cpu.refusals.result(why)
         except inject.UnsupportedDelivery as why:
-            return self.internal_error(f"the model has no {why}")
+            return self.internal_error(f"the model has no {why}", delivering=True)
         cpu.code.verify()  # the frame may have been stored where code is
         return None
 
-    def internal_error(self, reason: str) -> int:
-        """KVM_EXIT_INTERNAL_ERROR/EMULATION with the instruction bytes, as KVM reports what it cannot emulate."""
+    def internal_error(self, reason: str, *, delivering: bool = False) -> int | None:
+        """KVM_EXIT_INTERNAL_ERROR/EMULATION with the instruction bytes, as KVM reports what it cannot emulate. User code gets
+        #UD instead, unless user space asked to see it (KVM_CAP_EXIT_ON_EMULATION_FAILURE); but not where it is an event
+        that cannot be delivered.
+        """
         cpu = self._cpu
         cpu.reason = reason
+        if cpu.registers.cpl and not (delivering or cpu.policy.exit_on_emulation_failure or cpu.intercepts):
+            return self.raise_in_guest(_UD, None)
         try:  # of an SEV-ES guest KVM has neither RIP nor code
             code = b"" if cpu.intercepts is not None else cpu.mmu.read(cpu.registers.linear_rip, 15)
         except (Fault, Refused):

@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING
 
 from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE
+from kvmapi.model.cpu.mmu import Fault
+from kvmapi.model.mem.physical import Refused
 
 if TYPE_CHECKING:
     from kvmapi.model.cpu.cpu import Cpu
-    from kvmapi.model.cpu.privileged import ExitPolicy
+    from kvmapi.model.cpu.policy import ExitPolicy
 
 RAX, RCX, RDX, RBX, _, _, RSI = range(7)
 _U64 = 0xFFFFFFFFFFFFFFFF
 _ENOSYS = 1000  # KVM_ENOSYS
+_VMMCALL = b"\x0f\x01\xd9"
+_UD, _GP = 6, 13
 
 
 class Hypercalls:
@@ -44,12 +48,32 @@ class Hypercalls:
         number, gpa, pages, attributes, fourth = (registers.gpr(reg) & mask for reg in (RAX, RBX, RCX, RDX, RSI))
         return self.ask(number, (gpa, pages, attributes, fourth), long, self._result)
 
+    def foreign(self) -> int | None:
+        """VMCALL, which an AMD processor does not know. KVM writes VMMCALL over it, and the guest executes that; it is #UD
+        where user space disabled that quirk, and in an encrypted guest, whose code KVM cannot read. Raises nothing: faults
+        are delivered.
+        """
+        cpu = self._cpu
+        if cpu.mmu.c_mask or not self._policy.has_quirk(kvm.KVM_X86_QUIRK_FIX_HYPERCALL_INSN):
+            return cpu.raise_in_guest(_UD, None)
+        if self._registers.cpl:  # before KVM's emulator looks what it is
+            return cpu.raise_in_guest(_GP, 0)
+        try:
+            cpu.mmu.write(self._registers.linear_rip, _VMMCALL)
+        except Fault as why:
+            return cpu.raise_in_guest(why.vector, why.error, why.address)
+        except Refused as why:
+            return cpu.refusals.result(why)
+        cpu.code.verify()
+        return None
+
     def ask(self, number: int, arguments: tuple[int, int, int, int], long: bool, done: Callable[[int], None]) -> int | None:
         """A hypercall of supervisor code, wherever its numbers came from. None: it is answered, `done` was called with the
         result; else KVM_RUN's result, and `done` is called when user space comes back.
         """
         if number != kvm.KVM_HC_MAP_GPA_RANGE or not self._policy.hypercalls >> number & 1:
-            done(0 if number == kvm.KVM_HC_VAPIC_POLL_IRQ else -_ENOSYS)
+            yields = number == kvm.KVM_HC_SCHED_YIELD and self._cpu.msrs.has_pv_feature(kvm.KVM_FEATURE_PV_SCHED_YIELD)
+            done(0 if yields or number == kvm.KVM_HC_VAPIC_POLL_IRQ else -_ENOSYS)  # whom it yields to is the host's business
             return None
         return self._map_gpa_range(*arguments[:3], long, done)
 

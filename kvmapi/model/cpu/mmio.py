@@ -8,8 +8,9 @@ engine, alone, with a scratch page standing for the missing memory and a hook th
 2. When every read is known the pass counts: registers advance, and its stores become KVM_EXIT_MMIO writes, in order,
    at most 8 bytes each.
 
-So any instruction works (mov, add, xchg, push, movs, SSE), one repetition of a string instruction at a time. Stores
-of such an instruction to *real* memory are made by every pass; the last one is right.
+So any instruction works that KVM's emulator may know (mov, add, xchg, push, movs, SSE; not x87's), one repetition of
+a string instruction at a time. Stores of such an instruction to *real* memory are made by every pass; the last one is
+right.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 from unicorn import unicorn_const as uc
 
 from kvmapi.model.caller import PAGE
-from kvmapi.model.cpu import layout, moves, scan
+from kvmapi.model.cpu import layout, moves, operands, scan
 from kvmapi.model.cpu.mmu import SCRATCH_AT, Fault
 from kvmapi.model.mem.physical import Refused
 
@@ -99,7 +100,10 @@ class MmioUnit:
         if cpu.mmu.fetching:  # KVM's emulator does not fetch from MMIO
             return cpu.internal_error(f"instruction fetch from {why.gpa:#x}, where there is no memory")
         registers = cpu.registers
-        move = moves.decode(cpu.code.bytes_at(registers.linear_rip, scan.MAX_LENGTH), registers.code_bits)
+        code = cpu.code.bytes_at(registers.linear_rip, scan.MAX_LENGTH)
+        if operands.unknown_to_kvm(code, registers.code_bits):
+            return cpu.internal_error(f"an x87 instruction accesses {why.gpa:#x}, where there is no memory")
+        move = moves.decode(code, registers.code_bits)
         at = cpu.fault_address() & (PAGE - 1)
         if move is not None and at + move.size <= PAGE and not cpu.debug.active and not registers.u64[layout.EFLAGS >> 3] & _TF:
             return self._move(move, why.gpa & -PAGE | at)

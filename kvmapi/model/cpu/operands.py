@@ -109,6 +109,14 @@ def loads_descriptor(code: bytes, bits: int) -> bool:
     return opcode in _SEGMENT_LOADS or (opcode == 0xFF and second & 0x38 in _FAR)
 
 
+def unknown_to_kvm(code: bytes, bits: int) -> bool:
+    """Is the instruction at the start of `code` x87's, with an operand in memory? KVM's emulator has none of these but
+    FNSTCW and FNSTSW (opcode_map of arch/x86/kvm/emulate.c).
+    """
+    opcode, modrm = _opcode(code, bits)
+    return 0xD8 <= opcode <= 0xDF and modrm < 0xC0 and not (opcode in (0xD9, 0xDD) and modrm >> 3 & 7 == 7)
+
+
 def modifies_memory(code: bytes, bits: int) -> bool:
     """Does the instruction at the start of `code` load an operand from memory to store it again?"""
     at, prefixes = 0, LEGACY | REX if bits == 64 else LEGACY

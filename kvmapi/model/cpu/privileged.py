@@ -11,46 +11,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE
-from kvmapi.model.cpu import control, hazards, layout, ports, syscalls
-from kvmapi.model.cpu.cpuid import OSXSAVE
+from kvmapi.model.cpu import control, hazards, layout, ports, runtime_cpuid, syscalls
 from kvmapi.model.cpu.mmu import Fault
 from kvmapi.model.cpu.msrs import TSC_AUX, NoSuchMsr
 from kvmapi.model.cpu.scan import WATCHED, Site
 from kvmapi.model.cpu.state import ES
 from kvmapi.model.mem.physical import Refused
-from kvmapi.model.msr_filter import MsrFilter
 from kvmapi.model.runpage import PIO_OFFSET
 from kvmapi.model.stats import HALT_EXITS
 
 if TYPE_CHECKING:
     from kvmapi.model.cpu.cpu import Cpu
-    from kvmapi.model.irq.kernel_bus import KernelBus
+    from kvmapi.model.cpu.policy import ExitPolicy
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 _GP = 13
 HALTED = 1 << 21  # no result of KVM_RUN: the vCPU sleeps in it
 _U64 = 0xFFFFFFFFFFFFFFFF
 _PIO_BUFFER = 1024  # bytes of string input KVM asks for at once
-_CR4_OSXSAVE, _CR4_TSD = 1 << 18, 1 << 2
+_CR4_TSD = 1 << 2
 _DF = 1 << 10
+_ODD_PORT = 0x7E  # the only one at whose OUT user space finds RIP behind the instruction
 _RIP, _HFLAGS = layout.EIP >> 3, layout.HFLAGS >> 2  # indices for the hot path
-
-
-@dataclass(slots=True)
-class ExitPolicy:
-    """What user space asked to see, per VM: KVM_CAP_EXIT_HYPERCALL's mask, KVM_CAP_X86_USER_SPACE_MSR's reasons, and
-    the MSRs that the guest must not touch itself.
-    """
-
-    hypercalls: int = 0
-    msr_reasons: int = 0
-    msr_filter: MsrFilter | None = None
-    bus: KernelBus | None = None  # I/O that the VM answers itself
 
 
 def _reason(why: NoSuchMsr) -> int:
@@ -142,7 +128,10 @@ class Privileged:
             self.advance(site.length)
             return None
         page.memory[PIO_OFFSET : PIO_OFFSET + site.size] = data
-        self._skip = (words[_RIP], site.length)
+        if port == _ODD_PORT and self._policy.has_quirk(kvm.KVM_X86_QUIRK_OUT_7E_INC_RIP):
+            self.advance(site.length)
+        else:
+            self._skip = (words[_RIP], site.length)
         return page.io(kvm.KVM_EXIT_IO_OUT, site.size, port, 1)
 
     def _in(self, site: Site) -> int | None:
@@ -223,15 +212,19 @@ class Privileged:
         return self._page.io(kvm.KVM_EXIT_IO_IN, site.size, self._registers.gpr(RDX) & 0xFFFF, count)
 
     def _ins_done(self) -> int | None:
-        size = self._site.size
-        for number in range(self._string_count):
+        size, site = self._site.size, self._site
+        left = self._registers.gpr(RCX) & (1 << 8 * site.address_size) - 1 if site.repeat else 1
+        if not left:  # user space took the count away
+            self.advance(site.length)
+            return None
+        for number in range(min(left, self._string_count)):
             at = PIO_OFFSET + number * size
             where = self._string_at + (-number if self._backwards else number) * size & _U64
             try:
                 self._cpu.mmu.write(where, self._page.memory[at : at + size], user=self._registers.cpl == 3)
             except (Fault, Refused) as why:
                 return self._operand_refused(why)
-            self._move(self._site, RDI, 1, self._backwards)
+            self._move(site, RDI, 1, self._backwards)
         return None
 
     def _operand_refused(self, why: Fault | Refused) -> int | None:
@@ -277,23 +270,23 @@ class Privileged:
         self._set_gpr(RAX, value & 0xFFFFFFFF)
         self._set_gpr(RDX, value >> 32)
         if site.kind == "rdtscp":
-            self._set_gpr(RCX, self._cpu.msrs.read(TSC_AUX))
+            self._set_gpr(RCX, self._cpu.msrs.read(TSC_AUX, host=True))
         self.advance(site.length)
         return None
 
-    def _cpuid(self, site: Site) -> None:
+    def _cpuid(self, site: Site) -> int | None:
         registers = self._registers
+        if registers.cpl and self._cpu.msrs.machine.faults_cpuid:
+            return self._no_privilege()
         values = self.cpuid(registers.gpr(RAX) & 0xFFFFFFFF, registers.gpr(RCX) & 0xFFFFFFFF)
         for number, value in zip((RAX, RBX, RCX, RDX), values):
             self._set_gpr(number, value)
         self.advance(site.length)
+        return None
 
     def cpuid(self, leaf: int, index: int) -> tuple[int, int, int, int]:
         """EAX, EBX, ECX and EDX of the guest's CPUID as they are now."""
-        eax, ebx, ecx, edx = self._cpu.cpuid.read(leaf, index)
-        if leaf == 1:
-            ecx = ecx & ~OSXSAVE | (OSXSAVE if self._registers.cr(4) & _CR4_OSXSAVE else 0)
-        return eax, ebx, ecx, edx
+        return runtime_cpuid.read(self._cpu, leaf, index)
 
     def _rdmsr(self, site: Site) -> int | None:
         if self._registers.cpl:

@@ -7,8 +7,8 @@ middle of another instruction is never reached as a start, so its hook never fir
 the instruction that is really executed; every possible start gets an entry of its own, with the prefixes seen from
 there.
 
-Found here: IN OUT INS OUTS HLT RDMSR WRMSR RDTSC RDTSCP CPUID XSETBV, MOV to CR0, CR3, CR4 and CR8 and from CR8, MOV
-to DRn, SYSCALL SYSRET SYSENTER SYSEXIT, LTR of a register, and with `flags` STI POPF IRET; with any legacy or REX
+Found here: IN OUT INS OUTS HLT RDMSR WRMSR RDTSC RDTSCP CPUID XSETBV MONITOR MWAIT, MOV to CR0, CR3, CR4 and CR8 and
+from CR8, MOV to and from DRn, SYSCALL SYSRET SYSENTER SYSEXIT, LTR of a register, and with `flags` STI POPF IRET; with any legacy or REX
 prefix (with LOCK they are undefined). hazards.py adds what the engine gets wrong. VMCALL, VMMCALL and other invalid
 opcodes stop the engine by themselves, and so do the above when they are longer than 15 bytes.
 
@@ -22,7 +22,7 @@ import re
 from dataclasses import dataclass
 
 MAX_LENGTH = 15
-_TWO_BYTE = rb"|\x0f(?:[\x05\x07\x20\x22\x23\x30-\x32\x34\x35\xa2]|\x01[\xd1\xf9]|\x00[\xd8-\xdf])"
+_TWO_BYTE = rb"|\x0f(?:[\x05\x07\x20-\x23\x30-\x32\x34\x35\xa2]|\x01[\xc8\xc9\xd1\xf9]|\x00[\xd8-\xdf])"
 _SENSITIVE = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4]" + _TWO_BYTE, re.DOTALL)
 _OR_FLAGS = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xfb\x9d\xcf]" + _TWO_BYTE, re.DOTALL)
 _FLAGS = {0xFB: "sti", 0x9D: "popf", 0xCF: "iret"}
@@ -35,7 +35,8 @@ REX = frozenset(range(0x40, 0x50))
 LOCK, REX_W = 0xF0, frozenset(range(0x48, 0x50))
 _CONTROL_REGISTERS = frozenset((0, 3, 4, 8))
 _SEGMENT_PREFIX = {0x26: 0, 0x2E: 1, 0x36: 2, 0x3E: 3, 0x64: 4, 0x65: 5}
-DS, _SS, _XSETBV = 3, 2, 0xD1
+DS, _SS = 3, 2
+_AFTER_0F_01 = {0xC8: "monitor", 0xC9: "mwait", 0xD1: "xsetbv", 0xF9: "rdtscp"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +125,12 @@ def decode(code: bytes | bytearray, start: int, opcode_at: int, bits: int) -> Si
 def _two_bytes(code: bytes | bytearray, opcode_at: int, length: int, rex: int) -> Site | None:
     """What begins with 0F."""
     second = code[opcode_at + 1]
-    if second in (0x20, 0x22, 0x23):
+    if 0x20 <= second <= 0x23:
         return _control_register(code, opcode_at, length, rex)
     if second == 0x00:
         return Site("ltr", length + 2, register=code[opcode_at + 2] & 7 | (rex & 1) << 3)
     if second == 0x01:
-        return Site("xsetbv" if code[opcode_at + 2] == _XSETBV else "rdtscp", length + 2)
+        return Site(_AFTER_0F_01[code[opcode_at + 2]], length + 2)
     return Site(_AFTER_0F[second], length + 1, 8 if rex in REX_W else 4)
 
 
@@ -141,8 +142,8 @@ def _control_register(code: bytes | bytearray, opcode_at: int, length: int, rex:
     control = modrm >> 3 & 7 | (rex & 4) << 1
     register = modrm & 7 | (rex & 1) << 3
     second = code[opcode_at + 1]
-    if second == 0x23:
-        kind, wanted = "mov_to_dr", control <= 7
+    if second & 1:
+        kind, wanted = "mov_to_dr" if second == 0x23 else "mov_from_dr", control <= 7
     elif second == 0x22:
         kind, wanted = "mov_to_cr", control in _CONTROL_REGISTERS
     else:

@@ -15,7 +15,7 @@ from kvmapi.model.cpu.hypercalls import Hypercalls
 
 if TYPE_CHECKING:
     from kvmapi.model.cpu.cpu import Cpu
-    from kvmapi.model.cpu.privileged import ExitPolicy
+    from kvmapi.model.cpu.policy import ExitPolicy
     from kvmapi.model.dialects.rule import Rule
 
 _U64 = 1 << 64

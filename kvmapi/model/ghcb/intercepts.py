@@ -38,11 +38,8 @@ OWN_MSRS = frozenset(
 )  # fmt: skip
 """The MSRs that an SEV-ES guest accesses without KVM, unless a filter keeps it from them."""
 
-_INTERCEPTED = re.compile(
-    rb"\x0f(?:[\x08\x09\x33]|\x01[\xc8\xc9]|\x21[\x28-\x2f\x38-\x3f\x68-\x6f\x78-\x7f\xa8-\xaf\xb8-\xbf\xe8-\xef\xf8-\xff])"
-)
-_KINDS = {0x08: "invd", 0x09: "wbinvd", 0x33: "rdpmc", 0x21: "mov_from_dr7"}
-_MONITOR, _MWAIT = 0xC8, 0xC9
+_INTERCEPTED = re.compile(rb"\x0f[\x08\x09\x33]")
+_KINDS = {0x08: "invd", 0x09: "wbinvd", 0x33: "rdpmc"}
 _VMMCALL = b"\x0f\x01\xd9"
 _SVM_CODES = {  # third byte of 0F 01: exit code. They need CPL 0.
     0xD8: abi.SVM_EXIT_VMRUN, 0xDA: abi.SVM_EXIT_VMLOAD, 0xDB: abi.SVM_EXIT_VMSAVE, 0xDC: abi.SVM_EXIT_STGI,
@@ -51,18 +48,11 @@ _SVM_CODES = {  # third byte of 0F 01: exit code. They need CPL 0.
 
 
 def find(code: bytes | bytearray, usable: int, bits: int, sites: dict[int, Site]) -> None:
-    """Add what must stop the engine in an SEV-ES guest only: INVD, WBINVD, RDPMC, MONITOR, MWAIT and MOV from DR7 (or DR5,
-    which is another name of it).
-    """
+    """Add what must stop the engine in an SEV-ES guest only: INVD, WBINVD and RDPMC."""
     for match in _INTERCEPTED.finditer(code):
-        at = match.start()
-        second = code[at + 1]
-        kind = _KINDS[second] if second != 0x01 else "monitor" if code[at + 2] == _MONITOR else "mwait"
-        rex = code[at - 1] if bits == 64 and at and code[at - 1] & 0xF0 == 0x40 else 0
-        for start in hazards.starts(code, at, usable, bits):
-            if kind == "mov_from_dr7" and start < at and rex & 4:
-                continue  # DR13 and DR15: the engine raises #UD
-            sites.setdefault(start, Site(kind, match.end() - start, control=code[at + 2] >> 3 & 7 if second == 0x21 else 0))
+        kind = _KINDS[code[match.start() + 1]]
+        for start in hazards.starts(code, match.start(), usable, bits):
+            sites.setdefault(start, Site(kind, match.end() - start))
 
 
 class Intercepts:
@@ -86,7 +76,7 @@ class Intercepts:
             "wrmsr": self._wrmsr,
             "mov_to_cr": self._mov_to_cr,
             "mov_to_dr": self._mov_to_dr,
-            "mov_from_dr7": self._mov_from_dr7,
+            "mov_from_dr": self._mov_from_dr,
             "rdpmc": self._rdpmc,
             **dict.fromkeys(("invd", "wbinvd"), self._cache),
             **dict.fromkeys(("monitor", "mwait"), self._monitor),
@@ -159,12 +149,12 @@ class Intercepts:
     def _mov_to_dr(self, site: Site) -> int | None:
         if self._names_dr7(site) and not self._debug_swap:
             return self.raise_vc(abi.SVM_EXIT_WRITE_DR7)
-        control.mov_to_dr(self._cpu, site)
-        return None
+        return control.mov_to_dr(self._cpu, site)
 
-    def _mov_from_dr7(self, site: Site) -> int | None:
-        self._names_dr7(site)
-        return self._cpu.after_step(self._cpu.step()) if self._debug_swap else self.raise_vc(abi.SVM_EXIT_READ_DR7)
+    def _mov_from_dr(self, site: Site) -> int | None:
+        if self._names_dr7(site) and not self._debug_swap:
+            return self.raise_vc(abi.SVM_EXIT_READ_DR7)
+        return control.mov_from_dr(self._cpu, site)
 
     def _rdpmc(self, site: Site) -> int | None:
         if self._registers.cpl and not self._registers.cr(4) & _CR4_PCE:

@@ -24,7 +24,7 @@ from kvmapi.model.ghcb.msr_protocol import Hold
 from kvmapi.model.mem.physical import Refused
 
 if TYPE_CHECKING:
-    from kvmapi.model.cpu.privileged import ExitPolicy
+    from kvmapi.model.cpu.policy import ExitPolicy
     from kvmapi.model.protected import ProtectedState
     from kvmapi.model.sev.context import SevContext
     from kvmapi.model.vcpu import VcpuFile

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from kvmapi.abi import ioctls, kvm
 from kvmapi.model.caller import Caller, Errno
 from kvmapi.model.coalesced import CoalescedIo
-from kvmapi.model.cpu.privileged import ExitPolicy
+from kvmapi.model.cpu.policy import ExitPolicy
 from kvmapi.model.irq import irqfd, kernel_bus, routing
 from kvmapi.model.irq.bus import InterruptBus
 from kvmapi.model.irq.irqfd import Irqfds
