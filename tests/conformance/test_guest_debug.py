@@ -296,3 +296,35 @@ def test_steps_and_breakpoints_together(any_host: Any) -> None:
         exit = guest.run()
         assert isinstance(exit, Debug) and (exit.exception, exit.pc) == (BP, CODE + 1)
         assert guest.regs().rsp == STACK
+
+
+# ---- DR7.GD: accesses to debug registers
+GD, BD = 1 << 13, 1 << 13
+
+
+@pytest.mark.parametrize("text", [code("0f21c0f4", "mov rax, dr0; hlt"), code("0f23c0f4", "mov dr0, rax; hlt")])
+def test_user_space_hears_of_debug_registers(any_host: Any, text: bytes) -> None:
+    with LongGuest(any_host, text) as guest:
+        breakpoints_work(guest)
+        guest.vcpu.set_guest_debug(HARDWARE, [0] * 7 + [0x400 | GD])
+        assert guest.run() == Debug(DB, CODE, ACTIVE_LOW | BD, 0x400 | GD) and guest.regs().rip == CODE
+        guest.vcpu.set_guest_debug(0)
+        assert guest.run() == Hlt() and guest.regs().rip == CODE + 4
+
+
+def test_the_guests_own_detection(any_host: Any) -> None:
+    """Its #DB is a fault, and clears GD: the handler may look."""
+    with LongGuest(any_host, code("0f23f8 0f21c3 f4", "mov dr7, rax; mov rbx, dr0; hlt")) as guest:
+        breakpoints_work(guest)
+        assert guest.again(rax=0x400 | GD) == Hlt() and guest.vector() == DB and guest.frame().rip == CODE + 3
+        state = guest.vcpu.get_debugregs()
+        assert state.dr6 & BD and not state.dr7 & GD
+
+
+def test_debug_registers_are_read(any_host: Any) -> None:
+    with LongGuest(any_host, code("0f21d0 f4", "mov rax, dr2; hlt")) as guest:
+        state = guest.vcpu.get_debugregs()
+        state.db[2] = 0x123456789A
+        guest.vcpu.set_debugregs(state)
+        guest.run()
+        assert guest.regs().rax == 0x123456789A
