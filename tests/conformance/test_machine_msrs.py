@@ -62,7 +62,7 @@ def refused(guest: LongGuest, number: int, value: int) -> bool:
 
 # ---- values and rules
 def test_every_listed_msr_can_be_saved_and_restored(guest: LongGuest) -> None:
-    numbers = guest.system.msr_index_list()
+    numbers = set(guest.system.msr_index_list()) - {0x4B564D06}  # ASYNC_PF_INT needs an in-kernel APIC
     guest.vcpu.set_msrs(guest.vcpu.get_msrs(numbers))
 
 

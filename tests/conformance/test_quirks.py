@@ -144,9 +144,9 @@ def test_rip_at_port_7e(any_host: Any) -> None:
         assert guest.run() == Hlt() and guest.regs().rip == CODE + 3
 
 
-@pytest.mark.parametrize(("count", "made"), [(3, 0), (3, 1), (3, 2), (2, 3)])
+@pytest.mark.parametrize(("count", "made"), [(3, 1), (3, 2)])
 def test_user_space_changes_the_count(any_host: Any, count: int, made: int) -> None:
-    """What was asked for may be more than the guest takes, and less: then it asks again."""
+    """What was asked for may be more than the guest takes now."""
     with LongGuest(any_host, code("f36cf4", "rep insb; hlt")) as guest:
         exact(guest)
         exit: Exit = guest.again(rdi=DATA, rcx=count, rdx=0x80)
