@@ -162,7 +162,7 @@ def test_user_space_changes_the_count(any_host: Any, count: int, made: int) -> N
 
 
 # ---- emulation failures
-FLDS = code("d900f4", "fld dword [rax]; hlt")
+FLDS = code("d900f4", "fld dword ptr [rax]; hlt")
 
 
 def test_x87_at_mmio_cannot_be_emulated(any_host: Any) -> None:
