@@ -1,6 +1,6 @@
 """The interrupt bus of one VM: who gets a message, and the lock over all its interrupt controllers.
 
-One lock covers every local APIC and the IOAPIC of the VM. It is entered with `with bus:`; what must happen to vCPUs
+One lock covers every local APIC, the IOAPIC, the PICs and the PIT of the VM. It is entered with `with bus:`; what must happen to vCPUs
 (poke, NMI, INIT, startup) and to eventfds is collected under it with `later` and done after it is released, so that no
 callback runs under the lock. Names with an underscore in front, and those of the IOAPIC and of `Lapic.accept`, are for
 use inside it.
@@ -12,11 +12,12 @@ nobody counts 0, or -1 where each APIC had to be asked, as for a broadcast.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import kvm
-from kvmapi.model.irq import routing
+from kvmapi.model.irq import pic, pit, routing
 from kvmapi.model.irq.alarms import ALARMS
 from kvmapi.model.irq.directory import BROADCAST, Directory, matches
 from kvmapi.model.irq.ioapic import IoApic
@@ -25,7 +26,8 @@ from kvmapi.model.irq.target import FIXED, SELF, Message
 if TYPE_CHECKING:
     from kvmapi.model.irq.core import LapicCore
 
-USER_SOURCE, RESAMPLE_SOURCE = 1, 2  # who holds a line: bits of a set, as KVM's IRQ source ids
+USER_SOURCE, RESAMPLE_SOURCE, PIT_SOURCE = 1, 2, 4  # who holds a line: bits of a set, as KVM's IRQ source ids
+Device = pic.Pics | pit.Pit
 
 
 class InterruptBus:
@@ -34,6 +36,10 @@ class InterruptBus:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.ioapic = IoApic(self.deliver, self._acked, self._resample)
+        self.pics = pic.Pics(self._pics_changed, lambda line: self._acked(line & 7, line >> 3))
+        self.pit: pit.Pit | None = None
+        # Whose an access of a port is: the device, and where its ports end.
+        self.ports: dict[int, tuple[Device, int]] = {port: (self.pics, (port | 1) + 1) for port in pic.PORTS}
         self.routes = routing.default()
         self.cycle_ns = 1  # of the local APICs' timers: KVM_CAP_X86_APIC_BUS_CYCLES_NS
         self.wide_ids = False  # KVM_X2APIC_API_USE_32BIT_IDS
@@ -53,6 +59,8 @@ class InterruptBus:
                 ALARMS.set(lapic, None)
             self._lapics = {}
             self.resamplers = {}
+            if self.pit is not None:
+                self.pit.destroy()
         if not closed:
             ALARMS.close()
 
@@ -108,7 +116,7 @@ class InterruptBus:
 
     def ended(self, vector: int, level_triggered: bool) -> None:
         """The same, inside the lock."""
-        if level_triggered or self.resamplers:
+        if level_triggered or self.resamplers or self.pit is not None:
             self.ioapic.eoi(vector, level_triggered)
 
     def _msi(self, address: int, data: int) -> int:
@@ -123,14 +131,16 @@ class InterruptBus:
             elif route.chip == kvm.KVM_IRQCHIP_IOAPIC:
                 one = self.ioapic.line(route.pin, level, source)
             else:
-                one = -1  # there is no PIC
+                one = self.pics.line(route.pin + 8 * route.chip, level, source)
             if one >= 0:
                 result = one + max(result, 0)
         return result
 
-    def _acked(self, pin: int) -> None:
-        """The guest ended the interrupt of an IOAPIC pin: resampling irqfds let go of the line and tell their owners."""
-        gsi = self.routes.gsi_of_pin(pin)
+    def _acked(self, pin: int, chip: int = kvm.KVM_IRQCHIP_IOAPIC) -> None:
+        """The guest ended the interrupt of a pin: resampling irqfds let go of the line and tell their owners."""
+        gsi = self.routes.gsi_of_pin(pin, chip)
+        if gsi == 0 and self.pit is not None:
+            self.pit.acked()
         notify = None if gsi is None else self.resamplers.get(gsi)
         if gsi is not None and notify is not None:
             self._line(gsi, False, RESAMPLE_SOURCE)
@@ -143,6 +153,49 @@ class InterruptBus:
         if notify is not None:
             self.later(notify)
         return notify is not None
+
+    # ---- PICs and PIT
+    def _pics_changed(self) -> None:
+        for lapic in self._lapics.values():
+            lapic.settle()
+
+    def create_pit(self, *, speaker: bool) -> None:
+        """KVM_CREATE_PIT2; `speaker`: with the port of its gate."""
+        with self:
+            self.pit = pit.Pit(self._tick, self._locked, time.monotonic_ns)
+            self.ports.update(dict.fromkeys(pit.PORTS, (self.pit, pit.PORTS[-1] + 1)))
+            if speaker:
+                self.ports[pit.SPEAKER] = (self.pit, pit.SPEAKER + 4)
+
+    def _locked(self, action: Callable[[], None]) -> None:
+        with self:
+            if not self._closed:
+                action()
+
+    def _tick(self) -> None:
+        """The PIT's output rises, and falls. Where LINT0 is an NMI, it is one as well: the guest's watchdog."""
+        self._line(0, True, PIT_SOURCE)
+        self._line(0, False, PIT_SOURCE)
+        for lapic in self._lapics.values():
+            if lapic.lint0_is_nmi:
+                self.later(lapic.target.nmi)
+
+    def port_read(self, port: int, size: int) -> bytes | None:
+        """IN by a guest; None: no device of ours."""
+        found = self.ports.get(port)
+        if found is None or port + size > found[1]:
+            return None
+        with self:
+            return found[0].read(port, size)
+
+    def port_write(self, port: int, data: bytes) -> bool:
+        """OUT by a guest; False: no device of ours."""
+        found = self.ports.get(port)
+        if found is None or port + len(data) > found[1]:
+            return False
+        with self:
+            found[0].write(port, data)
+        return True
 
     def deliver(self, message: Message, source: LapicCore | None = None) -> int:
         """`send`, inside the lock."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_BASE = 0xFEE00000
 ENABLE, X2APIC, BOOTSTRAP = 1 << 11, 1 << 10, 1 << 8
 _BASE_RESERVED = 0x2FF
+EXTERNAL = -1  # the PICs say the vector when they are asked
 _U32 = 0xFFFFFFFF
 
 
@@ -94,7 +95,7 @@ class LapicCore:
         elif changed & X2APIC and value & ENABLE:
             self._set_xapic_id(self.target.id)
         self._bus.addresses_changed()
-        self._settle()
+        self.settle()
 
     def _set_xapic_id(self, number: int) -> None:
         self.id_register = number << 24 & _U32
@@ -121,7 +122,7 @@ class LapicCore:
             self.ldr = r.x2apic_ldr(self.target.id)
         self._bus.addresses_changed()
         self._alarm()
-        self._settle()
+        self.settle()
 
     # ---- priorities
     @property
@@ -133,7 +134,7 @@ class LapicCore:
     def tpr(self, value: int) -> None:
         with self._bus:
             self._tpr = value & 0xFF
-            self._settle()
+            self.settle()
 
     @property
     def cr8(self) -> int:
@@ -151,23 +152,37 @@ class LapicCore:
         return self.tpr if self.tpr & 0xF0 >= service else service
 
     def pending(self) -> int | None:
-        """The vector that would be delivered now, or None."""
+        """The vector that would be delivered now, EXTERNAL for the PICs', or None."""
         return self._pending
+
+    def _takes_pics(self) -> bool:
+        """Does the PICs' output reach this processor?"""
+        lint0 = self._lvt[r.LINT0]
+        return not self.base & ENABLE or lint0 & (r.LVT_MASKED | r.LVT_MODE) == r.LVT_EXTINT
+
+    @property
+    def lint0_is_nmi(self) -> bool:
+        """Does LINT0 raise NMIs?"""
+        return self.on and self._lvt[r.LINT0] & (r.LVT_MASKED | r.LVT_MODE) == NMI << 8
 
     def acknowledge(self) -> int | None:
         """Take the pending interrupt into service; its vector."""
         with self._bus:
             vector = self._pending
-            if vector is not None:
+            if vector == EXTERNAL:
+                vector = self._bus.pics.acknowledge()
+            elif vector is not None:
                 self._irr &= ~(1 << vector)
                 self._isr |= 1 << vector
-                self._settle()
+                self.settle()
             return vector
 
-    def _settle(self) -> None:
-        """IRR, ISR, priority or base changed: what is pending now?"""
+    def settle(self) -> None:
+        """IRR, ISR, priority, base, LINT0 or the PICs' output changed: what is pending now? Inside the bus's lock."""
         pending = None
-        if self._irr and self.base & ENABLE:
+        if self._bus.pics.output and self._takes_pics():
+            pending = EXTERNAL
+        elif self._irr and self.base & ENABLE:
             highest = self._irr.bit_length() - 1
             if highest & 0xF0 > self.ppr & 0xF0:
                 pending = highest
@@ -185,7 +200,7 @@ class LapicCore:
             bit = 1 << vector
             self._tmr = self._tmr | bit if level_triggered else self._tmr & ~bit
             self._irr |= bit
-            self._settle()
+            self.settle()
             return 1
         if mode == NMI:
             self._bus.later(self.target.nmi)
@@ -204,7 +219,7 @@ class LapicCore:
         if vector < 0:
             return
         self._isr &= ~(1 << vector)
-        self._settle()
+        self.settle()
         self._bus.ended(vector, bool(self._tmr >> vector & 1))
 
     def _send(self, low: int, destination: int) -> None:

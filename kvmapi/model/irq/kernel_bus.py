@@ -1,4 +1,5 @@
-"""In-kernel I/O of one VM: accesses that the VM answers itself, without an exit: the IOAPIC, ioeventfds and coalesced I/O.
+"""In-kernel I/O of one VM: accesses that the VM answers itself, without an exit: interrupt controllers, the PIT,
+ioeventfds and coalesced I/O.
 
 The vCPUs ask on every port write and MMIO access of a VM that has such devices, so the tables are replaced as a whole
 and read without a lock. An eventfd that is taken off the bus stays open while a vCPU is signalling it: it closes with
@@ -66,6 +67,8 @@ class KernelBus:
         if self.coalesced is not None and self.coalesced.write(space == "pio", address, data):
             return True
         bus = self.interrupts
+        if bus is not None and space == "pio":
+            return bus.port_write(address, data)
         if bus is None or space != "mmio" or not bus.ioapic.owns(address):
             return False
         with bus:
@@ -74,6 +77,8 @@ class KernelBus:
     def read(self, space: str, address: int, size: int) -> bytes | None:
         """A guest's load; None: nobody here, exit."""
         bus = self.interrupts
+        if bus is not None and space == "pio":
+            return bus.port_read(address, size)
         if bus is None or space != "mmio" or not bus.ioapic.owns(address):
             return None
         with bus:

@@ -1,7 +1,7 @@
 """The registers of a local APIC: the MMIO page of an xAPIC, MSRs 0x800..0x8FF of an x2APIC, KVM_GET_LAPIC's image.
 
 As in KVM (arch/x86/kvm/lapic.c), no errors are recorded in ESR, and a write to a register that is not there is ignored
-in xAPIC mode and #GP in x2APIC mode. LINT0 and LINT1 are registers only: nothing is wired to them. Registers: AMD64
+in xAPIC mode and #GP in x2APIC mode. The PICs are wired to LINT0, nothing to LINT1. Registers: AMD64
 APM volume 2, chapter 16.
 """
 
@@ -112,7 +112,7 @@ class Lapic(LapicCore):
 
     def _write_tpr(self, offset: int, value: int) -> None:
         self._tpr = value & 0xFF
-        self._settle()
+        self.settle()
 
     def _write_eoi(self, offset: int, value: int) -> None:
         self._end_of_interrupt()
@@ -132,6 +132,7 @@ class Lapic(LapicCore):
             self._lvt = [entry | r.LVT_MASKED for entry in self._lvt]
             self._timer.fired = False
             self._alarm()
+            self.settle()
 
     def _write_icr(self, offset: int, value: int) -> None:
         self._icr = value & ~r.ICR_BUSY
@@ -149,6 +150,8 @@ class Lapic(LapicCore):
         if not index:
             self._timer.set_mode(value & modes)
             self._expire()
+        elif index == r.LINT0:
+            self.settle()
 
     def _timer_modes(self) -> int:
         return MODE_MASK if self.tsc_deadline_offered else PERIODIC | ONE_SHOT
@@ -195,7 +198,7 @@ class Lapic(LapicCore):
             self._isr, self._tmr, self._irr = (_vectors(words, bank) for bank in (r.ISR, r.TMR, r.IRR))
             self._lvt = [words[offset] for offset in r.LVT_INDEX]
             self._unpack_timer(words)
-            self._settle()
+            self.settle()
             return True
 
     def _unpack_timer(self, words: dict[int, int]) -> None:

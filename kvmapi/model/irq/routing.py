@@ -1,7 +1,7 @@
 """GSI routing: which pin or which message a global system interrupt is.
 
-After KVM_CREATE_IRQCHIP GSI n is IOAPIC pin n. Routes to PIC pins are taken, because every VMM writes them into its
-table, and lead nowhere: the model has no PIC. Checks stand in KVM's order (virt/kvm/irqchip.c, arch/x86/kvm/irq.c).
+After KVM_CREATE_IRQCHIP GSI n is IOAPIC pin n and, below 16, line n of the PICs, of which the slave has the upper
+eight. Checks stand in KVM's order (virt/kvm/irqchip.c, arch/x86/kvm/irq.c).
 """
 
 from __future__ import annotations
@@ -33,20 +33,25 @@ class Routes:
 
     def __init__(self, by_gsi: dict[int, tuple[Route, ...]]) -> None:
         self._by_gsi = by_gsi
-        self._gsi_of_pin = {route.pin: gsi for gsi, routes in by_gsi.items() for route in routes if route.chip == kvm.KVM_IRQCHIP_IOAPIC}
+        self._gsi_of_pin = {(route.chip, route.pin): gsi for gsi, routes in by_gsi.items() for route in routes if route.chip >= 0}
 
     def of(self, gsi: int) -> tuple[Route, ...]:
         """Where a GSI goes."""
         return self._by_gsi.get(gsi, ())
 
-    def gsi_of_pin(self, pin: int) -> int | None:
-        """The GSI that an IOAPIC pin belongs to: the last one that names it."""
-        return self._gsi_of_pin.get(pin)
+    def gsi_of_pin(self, pin: int, chip: int = kvm.KVM_IRQCHIP_IOAPIC) -> int | None:
+        """The GSI that a pin belongs to: the last one that names it."""
+        return self._gsi_of_pin.get((chip, pin))
 
 
 def default() -> Routes:
     """What KVM_CREATE_IRQCHIP sets up."""
-    return Routes({pin: (Route(kvm.KVM_IRQ_ROUTING_IRQCHIP, kvm.KVM_IRQCHIP_IOAPIC, pin),) for pin in range(PINS)})
+    table: dict[int, tuple[Route, ...]] = {}
+    for gsi in range(PINS):
+        ioapic = Route(kvm.KVM_IRQ_ROUTING_IRQCHIP, kvm.KVM_IRQCHIP_IOAPIC, gsi)
+        pic = Route(kvm.KVM_IRQ_ROUTING_IRQCHIP, gsi // _PIC_PINS, gsi % _PIC_PINS)
+        table[gsi] = (ioapic, pic) if gsi < 2 * _PIC_PINS else (ioapic,)
+    return Routes(table)
 
 
 def from_entries(data: bytes, wide_ids: bool) -> Routes | None:

@@ -1,14 +1,14 @@
 """The VM side of the interrupt controllers: ioctls on a VM's fd.
 
-There is a local APIC per vCPU and an IOAPIC; the PIC and the PIT are absent. KVM_GET_IRQCHIP of a PIC is EINVAL, as of
-a chip that does not exist, and KVM_CREATE_PIT2 is ENOTTY, as in a kernel built without. Checks stand in the kernel's
-order (kvm_vm_ioctl in virt/kvm/kvm_main.c, kvm_arch_vm_ioctl in arch/x86/kvm/x86.c).
+There is a local APIC per vCPU, an IOAPIC, two PICs and, once it is asked for, a PIT. Checks stand in the
+kernel's order (kvm_vm_ioctl in virt/kvm/kvm_main.c, kvm_arch_vm_ioctl in arch/x86/kvm/x86.c).
 """
 
 from __future__ import annotations
 
 import errno
 import struct
+import threading
 from collections.abc import Callable
 
 from kvmapi.abi import ioctls, kvm
@@ -17,11 +17,15 @@ from kvmapi.model.coalesced import CoalescedIo
 from kvmapi.model.cpu.policy import ExitPolicy
 from kvmapi.model.irq import irqfd, kernel_bus, routing
 from kvmapi.model.irq.bus import InterruptBus
+from kvmapi.model.irq.ioapic import IoApic
 from kvmapi.model.irq.irqfd import Irqfds
 from kvmapi.model.irq.kernel_bus import KernelBus
+from kvmapi.model.irq.pic import Pic
+from kvmapi.model.irq.pit import CHANNEL, Pit
 
 X2APIC_API = kvm.KVM_X2APIC_API_USE_32BIT_IDS | kvm.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
 _CHIP_AT, _CHIP_SIZE = 8, 512
+_PIT2_REST = 40  # of kvm_pit_state2, behind the counters: flags and reserved words
 _LONGEST_CYCLE = ((1 << 64) - 1) // (0xFFFFFFFF * 128)
 _MSI = struct.Struct("<IIII16x")
 
@@ -35,6 +39,7 @@ class VmInterrupts:
         self._kernel_bus = KernelBus()
         self.coalesced = CoalescedIo(self._coalesce)
         self._irqfds = Irqfds()
+        self._pit_mutex = threading.Lock()
         self._wide_ids = False
         self._broadcast_quirk = True
 
@@ -43,6 +48,13 @@ class VmInterrupts:
         return {
             ioctls.KVM_GET_IRQCHIP: self._get_irqchip,
             ioctls.KVM_SET_IRQCHIP: self._set_irqchip,
+            ioctls.KVM_CREATE_PIT: self._create_pit,
+            ioctls.KVM_CREATE_PIT2: self._create_pit2,
+            ioctls.KVM_GET_PIT: lambda arg, caller: self._get_pit(arg, caller, b""),
+            ioctls.KVM_SET_PIT: lambda arg, caller: self._set_pit(arg, caller, extended=False),
+            ioctls.KVM_GET_PIT2: lambda arg, caller: self._get_pit(arg, caller, bytes(_PIT2_REST)),
+            ioctls.KVM_SET_PIT2: lambda arg, caller: self._set_pit(arg, caller, extended=True),
+            ioctls.KVM_REINJECT_CONTROL: self._reinject_control,
             ioctls.KVM_IRQ_LINE: self._irq_line,
             ioctls.KVM_IRQ_LINE_STATUS: self._irq_line_status,
             ioctls.KVM_SET_GSI_ROUTING: self._set_gsi_routing,
@@ -105,28 +117,77 @@ class VmInterrupts:
             raise Errno(number)
         return self.bus
 
-    # ---- the IOAPIC
+    # ---- IOAPIC and PICs
     def _get_irqchip(self, arg: int, caller: Caller) -> int:
         data = bytearray(caller.memory.read(arg, _CHIP_AT + _CHIP_SIZE))
-        bus = self._ioapic_bus(data)
+        bus, chip = self._chip(data)
         with bus:
-            state = bus.ioapic.pack()
+            state = chip.pack()
         data[_CHIP_AT : _CHIP_AT + len(state)] = state
         caller.memory.write(arg, bytes(data))
         return 0
 
     def _set_irqchip(self, arg: int, caller: Caller) -> int:
         data = caller.memory.read(arg, _CHIP_AT + _CHIP_SIZE)
-        bus = self._ioapic_bus(data)
+        bus, chip = self._chip(data)
         with bus:
-            bus.ioapic.unpack(data[_CHIP_AT:])
+            chip.unpack(data[_CHIP_AT:])
+            bus.pics.update()
         return 0
 
-    def _ioapic_bus(self, data: bytes | bytearray) -> InterruptBus:
+    def _chip(self, data: bytes | bytearray) -> tuple[InterruptBus, IoApic | Pic]:
         bus = self._bus_or(errno.ENXIO)
-        if struct.unpack_from("<I", data)[0] != kvm.KVM_IRQCHIP_IOAPIC:
+        chips: dict[int, IoApic | Pic] = {
+            kvm.KVM_IRQCHIP_PIC_MASTER: bus.pics.master,
+            kvm.KVM_IRQCHIP_PIC_SLAVE: bus.pics.slave,
+            kvm.KVM_IRQCHIP_IOAPIC: bus.ioapic,
+        }
+        chip = chips.get(struct.unpack_from("<I", data)[0])
+        if chip is None:
             raise Errno(errno.EINVAL)
-        return bus
+        return bus, chip
+
+    # ---- the PIT
+    def _create_pit(self, arg: int, caller: Caller) -> int:
+        return self._make_pit(kvm.KVM_PIT_SPEAKER_DUMMY)
+
+    def _create_pit2(self, arg: int, caller: Caller) -> int:
+        return self._make_pit(struct.unpack("<I60x", caller.memory.read(arg, 64))[0])
+
+    def _make_pit(self, flags: int) -> int:
+        with self._pit_mutex:
+            if self.bus is not None and self.bus.pit is not None:
+                raise Errno(errno.EEXIST)
+            self._bus_or(errno.ENOENT).create_pit(speaker=bool(flags & kvm.KVM_PIT_SPEAKER_DUMMY))
+        return 0
+
+    def _pit(self) -> tuple[InterruptBus, Pit]:
+        bus = self._bus_or(errno.ENXIO)
+        if bus.pit is None:
+            raise Errno(errno.ENXIO)
+        return bus, bus.pit
+
+    def _get_pit(self, arg: int, caller: Caller, rest: bytes) -> int:
+        bus, pit = self._pit()
+        with bus:
+            state = pit.pack() + (struct.pack("<I", pit.flags) + rest[4:] if rest else b"")
+        caller.memory.write(arg, state)
+        return 0
+
+    def _set_pit(self, arg: int, caller: Caller, *, extended: bool) -> int:
+        size = 3 * CHANNEL.size
+        data = caller.memory.read(arg, size + (_PIT2_REST if extended else 0))
+        bus, pit = self._pit()
+        with bus:
+            pit.unpack(data, struct.unpack_from("<I", data, size)[0] if extended else None)
+        return 0
+
+    def _reinject_control(self, arg: int, caller: Caller) -> int:
+        data = caller.memory.read(arg, 32)
+        bus, pit = self._pit()
+        with bus:
+            pit.set_reinject(bool(data[0]))
+        return 0
 
     # ---- lines and messages
     def _irq_line(self, arg: int, caller: Caller) -> int:
