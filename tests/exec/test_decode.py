@@ -197,6 +197,8 @@ def test_exits() -> None:
     assert (shown["reason"], shown["port"], shown["data"]) == ("IO", "0x3f8", "0x4b")
     run.io.count = 4
     assert exit_fields(page, 0)["data"] == "<4 bytes>"
+    run.io.direction = kvm.KVM_EXIT_IO_IN
+    assert "data" not in exit_fields(page, 0)
     run.io.data_offset = 1 << 40
     assert exit_fields(page, 0)["reason"] == "unreadable"
     assert exit_fields(page, -errno.EINTR) == {"reason": "INTR"}

@@ -104,7 +104,9 @@ def exit_fields(run: exits.Mapping, result: int) -> Fields:
         fields[field.name] = _plain(found.name, field.name, getattr(found, field.name))
     if isinstance(found, exits.Io | exits.Mmio):
         one = isinstance(found, exits.Mmio) or found.count == 1
-        fields["data"] = f"0x{found.data[::-1].hex()}" if one and found.data else f"<{len(found.data)} bytes>"
+        fields["data"] = f"0x{found.data[::-1].hex()}" if one else f"<{len(found.data)} bytes>"
+        if not found.data:  # it is read by the guest: user space has yet to say what
+            del fields["data"]
     if isinstance(found, exits.InternalError):
         fields["suberror"] = found.suberror_name
     if isinstance(found, exits.InternalError) and found.insn_bytes:

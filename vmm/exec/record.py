@@ -98,7 +98,7 @@ class Recorder:
         """The call is about to be answered with `result`; `run`: the vCPU's kvm_run, if it was KVM_RUN."""
         took = time.perf_counter() - entry.began
         entry.result = result
-        line = self._line(entry, took)
+        line = self._line(entry)
         call = entry.decoded
         if call is not None and entry.memory is not None:
             line["ioctl"] = call.name
@@ -113,9 +113,8 @@ class Recorder:
         self._take(line, result, took)
 
     def call(self, entry: CallRecord) -> None:
-        """A call that is no ioctl (open, mmap, fallocate, close) has ended; `entry.result` is set."""
-        took = time.perf_counter() - entry.began
-        self._take(self._line(entry, took), entry.result, took)
+        """A call that is no ioctl (open, fallocate) has ended; `entry.result` is set. How long it took is not recorded."""
+        self._take(self._line(entry), entry.result, None)
 
     def close(self) -> str:
         """Write what is left and the last line. Why the recording is not complete, or ""."""
@@ -136,7 +135,7 @@ class Recorder:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _line(self, entry: CallRecord, took: float) -> dict[str, Any]:
+    def _line(self, entry: CallRecord) -> dict[str, Any]:
         line: dict[str, Any] = {"t": round(entry.began - self._start, 6), "pid": entry.pid, "tid": entry.tid, "comm": _comm(entry.tid)}
         line["call"] = entry.call
         if entry.on:
@@ -147,11 +146,12 @@ class Recorder:
             line["in"] = dict(entry.fields)
         return line
 
-    def _take(self, line: dict[str, Any], result: int, took: float) -> None:
+    def _take(self, line: dict[str, Any], result: int, took: float | None) -> None:
         line["result"] = result
         if result < 0:
             line["error"] = errno_words(-result)
-        line["us"] = round(took * 1e6, 1)
+        if took is not None:
+            line["us"] = round(took * 1e6, 1)
         text = json.dumps(line, default=repr).encode()
         if len(text) > _LONGEST_LINE:
             text = json.dumps({name: value for name, value in line.items() if name not in ("in", "out", "exit")}).encode()
