@@ -58,7 +58,8 @@ def run_one(prefix: Sequence[str], folder: Path, name: str, limit: float, stop: 
             raise Stopped
         text = _text(output.fileno())
     if ended == "hang":
-        return Outcome(name, "hang", seconds, reason_of("hang", text))
+        words = "\n".join(line for line in text.splitlines() if not line.startswith("sevmm exec: "))  # its words on being killed
+        return Outcome(name, "hang", seconds, reason_of("hang", words))
     if ended:
         return Outcome(name, "fail", seconds, ended)
     return _outcome(name, process.returncode, seconds, text, left)

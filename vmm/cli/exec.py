@@ -31,10 +31,10 @@ def run(options: argparse.Namespace) -> int:
         record_limit=options.record_limit or RECORD_LIMIT,
         verbose=options.verbose,
     )
-    from vmm.exec import supervisor
+    from vmm.exec.supervisor import run as supervise
 
     try:
-        return supervisor.run(asked)
+        return supervise(asked)
     except CannotExec as reason:
         return _refuse(f"this host cannot: {reason}", status.UNSUPPORTED)
 
