@@ -57,23 +57,22 @@ def run_one(prefix: Sequence[str], folder: Path, name: str, limit: float, stop: 
         if stop.is_set():
             raise Stopped
         text = _text(output.fileno())
-    if ended == "hang":
-        words = "\n".join(line for line in text.splitlines() if not line.startswith("sevmm exec: "))  # its words on being killed
-        return Outcome(name, "hang", seconds, reason_of("hang", words))
-    if ended:
+    if ended and ended != "hang":
         return Outcome(name, "fail", seconds, ended)
-    return _outcome(name, process.returncode, seconds, text, left)
+    return _outcome(name, None if ended else process.returncode, seconds, text, left)
 
 
-def _outcome(name: str, status: int, seconds: float, text: str, left: list[str]) -> Outcome:
+def _outcome(name: str, status: int | None, seconds: float, text: str, left: list[str]) -> Outcome:
+    """`status` None: it was over its limit. The supervisor's own lines are the reason only where it failed itself."""
     own = [line for line in text.splitlines() if line.startswith(("sevmm exec: ", "sevmm: "))]
     for line in own:
         if line.startswith(_CANNOT):
             raise HostCannot(line.removeprefix(_CANNOT))
-    verdict = verdict_of(status)
-    reason = reason_of(verdict, text)
+    verdict = "hang" if status is None else verdict_of(status)
+    reason = reason_of(verdict, "\n".join(line for line in text.splitlines() if line not in own))
     if verdict == "fail":
-        reason = f"status {status}: {own[-1] if own else reason}"
+        internal = next((line for line in own if "internal error" in line or status == 70), "")
+        reason = f"status {status}: {internal or reason}"
     if left:
         return Outcome(name, "fail", seconds, f"{verdict}, but leaves processes behind: {', '.join(left)}")
     return Outcome(name, verdict, seconds, reason)
