@@ -74,6 +74,11 @@ class Memory(Protocol):
     def accessible(self, address: int, write: bool) -> bool:
         """Can the page at `address` be read (and written, if asked) now?"""
 
+    def reach(self, address: int, write: bool) -> int:
+        """The end of the pages from `address` on of which `accessible` is true and stays so until memory is mapped anew;
+        `address` where the first is not.
+        """
+
     def pinnable(self, address: int, size: int, write: bool = True, whole: bool = False) -> bool:
         """Could every page of [address, address+size) be pinned (for writing)? `whole`: the caller is about to use all of
         it, so every page may be faulted in to find out.
@@ -190,6 +195,10 @@ class OwnMemory(ProcessMemory):
             return False  # EINVAL too: the mapping's permissions forbid it
         byte = ctypes.create_string_buffer(1)
         return self._copy(_readv, ctypes.addressof(byte), address, 1) == 1
+
+    def reach(self, address: int, write: bool) -> int:
+        """One page at a time: each may be refused."""
+        return address + PAGE if self.accessible(address, write) else address
 
     def pinnable(self, address: int, size: int, write: bool = True, whole: bool = False) -> bool:
         first, last = address & -PAGE, (address + size - 1) & -PAGE

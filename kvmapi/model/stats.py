@@ -15,10 +15,13 @@ import os
 import struct
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvmapi.model.files import File
 from kvmapi.model.placeholder import StandIn
+
+if TYPE_CHECKING:
+    from kvmapi.model.caller import Caller
 
 _CUMULATIVE, _INSTANT = 0, 1  # type
 _NO_UNIT, _SECONDS, _BOOLEAN = 0 << 4, 2 << 4, 4 << 4
@@ -67,6 +70,10 @@ class Stats:
         if self._fd < 0:
             self._make()
         return StatsFile(self._fd)
+
+    def give(self, arg: int, caller: Caller) -> int:
+        """KVM_GET_STATS_FD."""
+        return caller.install(self.open())
 
     def _make(self) -> None:
         at = _HEADER.size + NAME_SIZE + len(self._statistics) * _DESCRIPTOR.size

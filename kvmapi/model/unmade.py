@@ -1,8 +1,8 @@
 """vCPUs that are made and never asked anything.
 
-A processor costs 3 MiB and 6 ms, most of it the engine's. A VMM may make a thousand vCPUs to see whether it can, and start few: so
-the processor, and with it everything that wants one, comes with the first ioctl on the vCPU. Interrupts reach a vCPU
-without one: they are kept in its local APIC and in kvm_run's kick flag (activity.py).
+A processor costs 3 MiB and 6 ms, most of it the engine's. A VMM may make a thousand vCPUs to see whether it can, and start few:
+so the processor, and with it everything that wants one, comes with the first ioctl on the vCPU, except for its statistics.
+Interrupts reach a vCPU without one: they are kept in its local APIC and in kvm_run's kick flag (activity.py).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 class Unmade(dict[int, Handler]):
-    """The handlers of a vCPU; `make` gives them when the first one is looked for."""
+    """The handlers of a vCPU: `first` until another one is looked for, then those of `make`, too."""
 
-    def __init__(self, make: Callable[[], dict[int, Handler]]) -> None:
-        super().__init__()
+    def __init__(self, make: Callable[[], dict[int, Handler]], first: dict[int, Handler]) -> None:
+        super().__init__(first)
         self._make: Callable[[], dict[int, Handler]] | None = make
         self._making = threading.Lock()
 
     def get(self, request: int, default: object = None) -> Handler:
-        if self._make is not None:
+        if self._make is not None and request not in self:
             with self._making:
                 if self._make is not None:
                     self.update(self._make())

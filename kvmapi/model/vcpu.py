@@ -16,7 +16,7 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import ioctls, kvm
-from kvmapi.model import launched, sync_regs, vmsa
+from kvmapi.model import sync_regs, vmsa
 from kvmapi.model.activity import Activity
 from kvmapi.model.caller import Caller, Errno
 from kvmapi.model.clock.vcpu import VcpuClock
@@ -72,7 +72,7 @@ class VcpuFile(File):
         self.clock = VcpuClock(vm.physical, vm.clock, index)
         self.activity = Activity(self)
         vm.acquire()
-        self.handlers = Unmade(self._handlers)
+        self.handlers = Unmade(self._handlers, {ioctls.KVM_GET_STATS_FD: self._locked(ioctls.KVM_GET_STATS_FD, self.stats.give)})
 
     @cached_property
     def cpu(self) -> Cpu:
@@ -164,14 +164,6 @@ class VcpuFile(File):
         if self.protected is not None or self.debugged:
             raise Errno(errno.EINVAL)
         return vmsa.of(self)
-
-    def protect(self) -> None:
-        """The VMSA is encrypted: from now on no ioctl shows or changes the guest's registers."""
-        launched.protect(self)
-
-    def take_protected(self, source: VcpuFile) -> None:
-        """The guest of `source` moves here, registers and all; `source` is of a VM that dies."""
-        launched.move(self, source)
 
     def kvms_own(self, *, keep: bool = True) -> AbstractContextManager[None]:
         """For changes that KVM makes to registers: of a protected vCPU it has nothing but a copy."""

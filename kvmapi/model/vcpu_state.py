@@ -70,7 +70,6 @@ class VcpuState:
             ioctls.KVM_SET_GUEST_DEBUG: self._set_guest_debug,
             ioctls.KVM_SET_SIGNAL_MASK: self._set_signal_mask,
             **self._vcpu.clock.handlers(),
-            ioctls.KVM_GET_STATS_FD: lambda arg, caller: caller.install(self._vcpu.stats.open()),
             ioctls.KVM_ENABLE_CAP: self._enable_cap,
             ioctls.KVM_SET_CPUID2: self._set_cpuid2,
             ioctls.KVM_GET_CPUID2: self._get_cpuid2,

@@ -15,6 +15,7 @@ from kvmapi.abi import caps, kvm, sev
 from kvmapi.abi import vcpu as v
 from kvmapi.errors import KvmError
 from kvmapi.exits import FailEntry, Intr
+from kvmapi.model import launched
 from kvmapi.model import vmsa as model_vmsa
 from kvmapi.model.host import ModelHost
 from kvmapi.model.platform import Platform
@@ -151,7 +152,7 @@ def test_an_ioctl_that_waited_for_the_launch_is_refused(host: ModelHost) -> None
             asker.start()
             asker.join(0.05)
             assert asker.is_alive()
-            file.protect()
+            launched.protect(file)
         asker.join(10)
         assert answers == [EINVAL] and not any(bytes(room))
 

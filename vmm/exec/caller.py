@@ -34,6 +34,7 @@ class RemoteMemory(ProcessMemory):
         self.ram = Ram(tgid)
         self.pointer = self.ram.pointer
         self.accessible = self.ram.accessible
+        self.reach = self.ram.reach
         self.enter = self.ram.enter
         self.leave = self.ram.leave
 

@@ -149,6 +149,17 @@ class Ram:
                 return False
             return view.paint_at(address)[0] != views.MIRROR or self._mirror.add(address)
 
+    def reach(self, address: int, write: bool) -> int:
+        """The end of the pages from `address` on that are accessible as it is: all of a mapping of converted memory, which nobody
+        can cut short, one page of any other; `address` where it is not.
+        """
+        if not self.accessible(address, write):
+            return address
+        area = self._maps.area(address)
+        if area is None or not area.shared or backings.find(area.device, area.inode) is None:
+            return address + PAGE
+        return area.end
+
     def pinnable(self, address: int, size: int, write: bool, whole: bool) -> bool:
         """May the process read (or write) all of it? With `whole`, no part lies past the end of its file."""
         at, end = address & -PAGE, (address + size + PAGE - 1) & -PAGE

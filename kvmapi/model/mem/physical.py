@@ -114,8 +114,12 @@ class Physical:
     def store_word(self, gfn: int, encrypted: bool, index: int, value: int, wide: bool = True) -> None:
         """Write an entry of a guest table (its accessed and dirty bits). A table in read-only memory stays as it is."""
         slot = self.slots.find(gfn)
-        if slot is not None and not slot.readonly:
-            self.page(gfn, encrypted, write=True).cast("Q" if wide else "I")[index] = value
+        if slot is None or slot.readonly:
+            return
+        view = self.tables.get((gfn, encrypted, wide))
+        if view is None or slot.dirty is not None or slot.hva_of(gfn) // PAGE not in self._writable:
+            view = self.page(gfn, encrypted, write=True).cast("Q" if wide else "I")
+        view[index] = value
 
     def populate(self, gfn: int) -> None:
         """Fault a page in, as a read of the guest would, without entering it anywhere. Raises Refused."""
@@ -143,9 +147,10 @@ class Physical:
         page = hva // PAGE
         known = self._writable if write else self._readable
         if page not in known:
-            if not self.memory.accessible(hva, write):
+            end = min(self.memory.reach(hva, write), slot.hva + slot.pages * PAGE)
+            if end <= hva:
                 raise Refused("hva", gfn * PAGE)
-            known.add(page)
+            known.add_range(page, end // PAGE)
 
     def _in_caller(self, gfn: int, slot: Slot, write: bool) -> tuple[Window, int, bool]:
         self._check_caller(gfn, slot, write)

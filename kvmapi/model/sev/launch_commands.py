@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import cert, psp, sev
+from kvmapi.model import launched
 from kvmapi.model.caller import PAGE, Errno
 from kvmapi.model.sev import stream
 from kvmapi.model.sev.context import Command, SevContext
@@ -86,7 +87,7 @@ def _update_vmsa(command: Command) -> None:
                 raise Errno(errno.EINVAL)
             page = vcpu.vmsa()  # EINVAL for one that is debugged, or was launched already
             command.issue(lambda guest, page=page: guest.update_vmsa(page))  # type: ignore[misc]
-            vcpu.protect()
+            launched.protect(vcpu)
 
 
 # ---- secrets, measurements and reports

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from kvmapi.model import launched
 from kvmapi.model.caller import Caller, Errno
 from kvmapi.model.mem.physical import EncryptedPhysical
 from kvmapi.model.sev.context import FAMILY_LOCK, SevContext
@@ -124,7 +125,7 @@ def _move(target: SevContext, source: SevContext, ours: list[VcpuFile], theirs: 
             continue
         vcpu.state.update_encryption()
         if target.es_active:
-            vcpu.take_protected(theirs[index])
+            launched.move(vcpu, theirs[index])
     _die(source, theirs)
 
 
