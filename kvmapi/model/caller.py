@@ -19,6 +19,7 @@ import os
 import resource
 import select
 import threading
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
 
@@ -49,6 +50,13 @@ class Errno(Exception):
 
     def __str__(self) -> str:
         return errno.errorcode.get(self.number, str(self.number))
+
+
+class Stoppable(Protocol):
+    """A VM."""
+
+    def paused(self) -> AbstractContextManager[None]:
+        """No vCPU of it runs inside the block; each enters anew afterwards."""
 
 
 class Memory(Protocol):
@@ -83,6 +91,13 @@ class Memory(Protocol):
         """Could every page of [address, address+size) be pinned (for writing)? `whole`: the caller is about to use all of
         it, so every page may be faulted in to find out.
         """
+
+    @property
+    def changes(self) -> int:
+        """Counts changes of what is mapped where guests use it: pages that were accessible may not be so any more."""
+
+    def watch(self, vm: Stoppable) -> None:
+        """Guests of this VM use the memory: it is paused for a moment whenever `changes` grows."""
 
     def enter(self) -> None:
         """A guest is about to use this memory through `pointer`."""
@@ -173,12 +188,17 @@ class OwnMemory(ProcessMemory):
         super().__init__(os.getpid())
         _own.add(self)
 
+    changes = 0
+
     def forked(self) -> None:
         """The process is another one now: a child."""
         self._pid = os.getpid()
 
     def pointer(self, address: int, size: int) -> int:
         return address
+
+    def watch(self, vm: Stoppable) -> None:
+        """Nothing to do: changes are not noticed."""
 
     def enter(self) -> None:
         """Nothing to do: the guest uses the very memory."""

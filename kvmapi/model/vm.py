@@ -71,6 +71,7 @@ class VmFile(File):
         self.exits = ExitPolicy()
         self.clock = VmClock(self.has_vcpus)
         self.physical = self._make_physical()
+        self.memory.watch(self)
         self.stats = self.physical.stats = Stats(f"kvm-{os.getpid()}", OF_VM)
         self.dirty_log = DirtyLog(self.slots, self.physical.flush_range)
         self._slots_mutex = threading.Lock()

@@ -37,6 +37,7 @@ class RemoteMemory(ProcessMemory):
         self.reach = self.ram.reach
         self.enter = self.ram.enter
         self.leave = self.ram.leave
+        self.watch = self.ram.watch
 
     def _copy(self, function: object, local: int, address: int, size: int) -> int:
         done = super()._copy(function, local, address, size)
@@ -45,6 +46,11 @@ class RemoteMemory(ProcessMemory):
                 self._pid = next(int(tid) for tid in os.listdir(f"/proc/{self._pid}/task") if int(tid) != self._pid)
                 done = super()._copy(function, local, address, size)
         return done
+
+    @property
+    def changes(self) -> int:
+        """Counts changes of mappings that guests use."""
+        return self.ram.changes
 
     def pinnable(self, address: int, size: int, write: bool = True, whole: bool = False) -> bool:
         """Could every page of [address, address+size) be pinned?"""

@@ -26,6 +26,7 @@ from vmm.exec.backing import Backing
 from vmm.exec.maps import Area, Maps
 from vmm.exec.mirror import Mirror
 from vmm.exec.remap import Conversion, Held, Piece, Tracer, from_file
+from vmm.exec.watch import Watch
 
 _STEPS = 2  # conversions in one mapping before it is converted ahead
 _GROWTH = 4
@@ -49,6 +50,9 @@ class Ram:
         self._generation = 0
         self._conversion = threading.Lock()
         self._lock = threading.RLock()
+        self._watch = Watch(self._maps, self._lock, self._moved)
+        self.watch = self._watch.add_vm
+        self.changes = 0  # counts changes of mappings after which what is known of pages is void
 
     # ---- converting
     def convertible(self, address: int, size: int) -> bool:
@@ -147,6 +151,7 @@ class Ram:
                 self._paint(area.start, area.end, area)
             except OSError:
                 return False
+            self._watch.use(area.start, area.end, area)
             return view.paint_at(address)[0] != views.MIRROR or self._mirror.add(address)
 
     def reach(self, address: int, write: bool) -> int:
@@ -173,15 +178,26 @@ class Ram:
 
     def enter(self) -> None:
         """A vCPU is about to run, or the model to read and write guest RAM."""
+        self._watch.enter()
         if len(self._mirror):
             with self._lock:
                 self._mirror.enter()
 
     def leave(self) -> None:
         """It has."""
+        self._watch.leave()
         if len(self._mirror):
             with self._lock:
                 self._mirror.leave()
+
+    def _moved(self, ranges: list[tuple[int, int]]) -> None:
+        """The process has mapped something else there."""
+        self.changes += 1
+        self._checked.clear()
+        self._hidden.clear()
+        for start, end in ranges:
+            with contextlib.suppress(OSError):
+                self._repaint(start, end)
 
     def _reachable(self, address: int) -> bool:
         """Is there a page behind the mapping? Past the end of its file there is none."""
@@ -194,7 +210,9 @@ class Ram:
         would refuse for them.
         """
         found = False
-        for area in self._maps.walk(address & -PAGE, min(address + size + PAGE - 1 & -PAGE, USER_TOP)):
+        if address % PAGE:
+            return False  # the kernel will refuse it
+        for area in self._maps.walk(address, min(address + size + PAGE - 1 & -PAGE, USER_TOP)):
             known = backings.find(area.device, area.inode) if area.shared else None
             if known is not None:
                 try:
@@ -207,6 +225,7 @@ class Ram:
     def forget(self) -> None:
         """Its address space may have changed."""
         self._maps.forget()
+        self._watch.doubt()
         with self._lock:
             self._checked.clear()
             self._hidden.clear()
@@ -218,6 +237,7 @@ class Ram:
                 view.close()
             self._views.clear()
             self._checked.clear()
+        self._watch.close()
         self._maps.close()
         backings.reap()
 
@@ -256,8 +276,10 @@ class Ram:
             if area is None or area.start > at:
                 until = min(area.start if area is not None else end, end)
                 self._paint(at, until, None)
+                self._watch.use(at, until, None)
             else:
                 start, until = min(start, area.start), area.end
+                self._watch.use(area.start, area.end, area)
                 self._paint(area.start, area.end, area)
             at = until
         self._checked.append((start, at))

@@ -71,6 +71,7 @@ class Physical:
     def __init__(self, slots: Memslots, memory: Memory) -> None:
         self.slots = slots
         self.memory = memory
+        self._changes = memory.changes
         self.generation = 0  # counts changes after which every vCPU must drop its translations
         self.code_generation = 0  # counts changes after which translated blocks may be wrong
         self.windows: dict[int, Window] = {}  # by id(owner)
@@ -128,7 +129,14 @@ class Physical:
     # ---- entering and leaving KVM_RUN
     def enter(self) -> None:
         """A vCPU enters."""
+        self._enter_memory()
+
+    def _enter_memory(self) -> None:
         self.memory.enter()
+        changes = self.memory.changes
+        if changes != self._changes:
+            self._changes = changes
+            self.changed()
 
     def leave(self) -> None:
         """A vCPU leaves."""
@@ -343,7 +351,7 @@ class EncryptedPhysical(Physical):
             self.secure.mark_executed(self.home(gfn, slot))
 
     def enter(self) -> None:
-        self.memory.enter()
+        self._enter_memory()
         if self.secure is not None:
             self.secure.enter()
 
