@@ -95,7 +95,7 @@ class Process:
 class Call:
     """One system call of a traced program that waits for our answer: kvmapi.model.caller.Caller."""
 
-    __slots__ = ("_files", "_listener", "close_on_exec", "id", "ip", "memory", "process", "thread")
+    __slots__ = ("_files", "_listener", "access", "close_on_exec", "id", "ip", "memory", "process", "thread")
 
     def __init__(self, listener: Listener, files: FileTable, process: Process, identity: int, tid: int, ip: int) -> None:
         self._listener = listener
@@ -106,6 +106,7 @@ class Call:
         self.thread = tid
         self.ip = ip
         self.close_on_exec = True  # as every fd of KVM is
+        self.access: int | None = None  # how the program opens a device
 
     def file(self, fd: int) -> File:
         """The model's file behind the program's `fd`, or a Foreign one."""

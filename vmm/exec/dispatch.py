@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import struct
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from kvmapi.abi import ioctls
 from kvmapi.model.caller import PAGE, Errno
 from kvmapi.model.guest_memfd import GuestMemfdFile
 from kvmapi.model.host import device
+from kvmapi.model.system import KvmDevice
 from kvmapi.model.vcpu import VcpuFile
 from kvmapi.model.vm import VmFile
 from vmm.exec import filter as calls
@@ -37,7 +39,8 @@ _PATH_MAX = 4096
 _FIRST_READ = 96  # bytes of a path that are read at once: nearly every path is shorter
 _REGIONS = (ioctls.KVM_SET_USER_MEMORY_REGION, ioctls.KVM_SET_USER_MEMORY_REGION2)
 _REGION = struct.Struct("<IIQQQ")
-_FD_FIRST = frozenset((calls.FSTAT, calls.FTRUNCATE, *calls.TRANSFERS))
+_BY_PATH_ALONE = frozenset((calls.OPEN, calls.ACCESS, calls.STAT, calls.LSTAT, calls.READLINK))  # the others have a directory first
+_FD_LINK = re.compile(rb"(?:/proc/(self|thread-self|[0-9]{1,9})(?:/task/[0-9]+)?|/dev)/fd/([0-9]{1,9})")
 _U32 = 0xFFFFFFFF
 _AT_FDCWD = -100 & _U32
 
@@ -108,19 +111,27 @@ class Dispatcher:
             size = PAGE - (address + len(found)) % PAGE
         return b""
 
-    def _named(self, n: Notification) -> str | None:
-        """The path that a call by name is about, if it is one of ours."""
-        by_itself = n.nr in (calls.OPEN, calls.ACCESS, calls.STAT, calls.LSTAT, calls.READLINK)
-        path = self._path(n, n.a0 if by_itself else n.a1)
+    def _asked_path(self, n: Notification) -> bytes:
+        """The path argument of a call by name."""
+        return self._path(n, n.a0 if n.nr in _BY_PATH_ALONE else n.a1)
+
+    def _named(self, n: Notification, path: bytes) -> str | None:
+        """The absolute path that a call by name is about, if it is one of ours."""
         if not path.endswith((b"kvm", b"sev")) and b"module/kvm" not in path:
             return None
-        name = absolute(path, n.tid, _AT_FDCWD if by_itself else n.a0 & _U32)
+        name = absolute(path, n.tid, _AT_FDCWD if n.nr in _BY_PATH_ALONE else n.a0 & _U32)
         return name if name is not None and self._paths.concerns(name) else None
 
     def _open(self, n: Notification) -> None:
-        name = self._named(n)
+        path = self._asked_path(n)
+        name = self._named(n, path)
         if n.tid in self._up.fresh:
             self._up.image_starts(n)
+        if name is None and b"/fd/" in path and (link := self._link(n.tid, path)) is not None:
+            if not isinstance(link.file, KvmDevice):
+                self._answer(n, -errno.ENXIO)  # what the kernel says of a file that nobody opened by name
+                return
+            name = "/dev/kvm"
         if name is None or (self._up.fallthrough is not None and self._up.fallthrough.opens(name)):
             self._proceed(n.id)
             return
@@ -129,7 +140,7 @@ class Dispatcher:
         else:
             flags = n.a1 if n.nr == calls.OPEN else n.a2
         call = self._call(n)
-        call.close_on_exec = bool(flags & os.O_CLOEXEC)
+        call.close_on_exec, call.access = bool(flags & os.O_CLOEXEC), flags & (os.O_ACCMODE | os.O_NONBLOCK)
         result = self._opened(name, flags, call)
         if result is None:
             self._proceed(n.id)
@@ -148,6 +159,10 @@ class Dispatcher:
                 return None if self._paths.is_folder(name) else -errno.ENOENT
             if flags & os.O_DIRECTORY:
                 return -errno.ENOTDIR
+            if flags & os.O_CREAT and flags & os.O_EXCL:
+                return -errno.EEXIST
+            if flags & os.O_PATH:
+                return self._give(call, os.open("/dev/null", os.O_PATH | os.O_CLOEXEC))  # it stands for a name, and takes no calls
             self._files.take_news()
             return call.install(device(self._up.platform, name, flags))
         except Errno as failure:
@@ -157,18 +172,33 @@ class Dispatcher:
         fd = os.memfd_create("sevmm:parameter", os.MFD_CLOEXEC)
         try:
             os.write(fd, content)
-            readable = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                return self._listener.add_fd(call.id, readable, close_on_exec=call.close_on_exec)
-            finally:
-                os.close(readable)
+            return self._give(call, os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC))
+        finally:
+            os.close(fd)
+
+    def _give(self, call: Call, fd: int) -> int:
+        """Hand over an fd that is nothing but what it is."""
+        try:
+            return self._listener.add_fd(call.id, fd, close_on_exec=call.close_on_exec)
         except OSError as failure:
             return -(failure.errno or errno.EMFILE)
         finally:
             os.close(fd)
 
+    def _link(self, tid: int, path: bytes) -> Entry | None:
+        """What of ours an open by the name of an open fd (/proc/self/fd/7, /dev/fd/7) would open."""
+        found = _FD_LINK.fullmatch(path)
+        if found is None:
+            return None
+        whose = found[1] or b""
+        try:
+            status = os.stat(f"/proc/{int(whose) if whose.isdigit() else tid}/fd/{int(found[2])}")
+        except OSError:
+            return None
+        return self._files.by_inode(status.st_dev, status.st_ino)
+
     def _ask(self, n: Notification) -> None:
-        name = self._named(n)
+        name = self._named(n, self._asked_path(n))
         if name is not None:
             self._answer(n, self._asked(n, name))
         elif n.nr == calls.NEWFSTATAT and n.a3 & calls.AT_EMPTY_PATH and n.a0 & _U32 != _AT_FDCWD:

@@ -83,7 +83,7 @@ class FileTable:
             file.release()
             raise Errno(failure.errno or errno.EMFILE) from None
         try:
-            ours = os.open(f"/proc/self/fd/{stand_in.fd}", stand_in.access | os.O_CLOEXEC)
+            ours = os.open(f"/proc/self/fd/{stand_in.fd}", (stand_in.access if call.access is None else call.access) | os.O_CLOEXEC)
         finally:
             os.close(stand_in.fd)
         key: Key | None = None
