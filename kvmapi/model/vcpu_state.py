@@ -48,6 +48,7 @@ class VcpuState:
         self._cpu = vcpu.cpu
         self.fpu = FpuState(vcpu.cpu)
         self._msrs = MsrState(vcpu)
+        self.update_encryption()  # a guest's memory is encrypted whether its VMM sets a CPUID or not
 
     def handlers(self) -> dict[int, Method]:
         """Request number -> method; the caller adds the locking."""
@@ -236,7 +237,7 @@ class VcpuState:
 
     # ---- CPUID and MSRs
     def _set_cpuid2(self, arg: int, caller: Caller) -> int:
-        count = struct.unpack("<I", caller.memory.read(arg, 4))[0]
+        count = struct.unpack("<I4x", caller.memory.read(arg, 8))[0]
         if count > _MAX_CPUID_ENTRIES:
             raise Errno(errno.E2BIG)
         data = caller.memory.read(arg + 8, count * _CPUID_ENTRY.size) if count else b""
@@ -252,7 +253,7 @@ class VcpuState:
         return 0
 
     def _get_cpuid2(self, arg: int, caller: Caller) -> int:
-        room = struct.unpack("<I", caller.memory.read(arg, 4))[0]
+        room = struct.unpack("<I4x", caller.memory.read(arg, 8))[0]
         rows = runtime_cpuid.rows(self._cpu, self._cpu.cpuid.rows)
         if room < len(rows):
             raise Errno(errno.E2BIG)

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -15,7 +17,10 @@ from typing import Any
 
 import pytest
 
-from kvmapi.exits import Hlt
+from kvmapi.exits import Hlt, Io
+from kvmapi.launch import Launch
+from kvmapi.sev import SevPlatform
+from kvmapi.system import System
 from tests.conformance.snippets import ALIAS, DATA, MIB, PAGE, code
 from tests.model.sev_guest import SevGuest
 
@@ -166,3 +171,24 @@ def test_memory_is_ciphertext_for_ever_after_the_guest(model_host: Any) -> None:
             vcpu.close()
         guest.vm.close()
         assert PLAIN not in memory[:]
+
+
+def test_a_vcpu_that_never_got_a_cpuid_runs_the_encrypted_code(model_host: Any) -> None:
+    """The guest is encrypted because of INIT2, not because of what its CPUID says. Real mode: everything is private there."""
+    with System(model_host) as system, SevPlatform(model_host) as platform, system.create_vm(2) as vm:
+        launch = Launch(vm, platform).init2()
+        memory = mmap.mmap(-1, 4 * PAGE)
+        hva = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        vm.set_user_memory_region(0, 0, len(memory), hva)
+        memory[PAGE : PAGE + 5] = b"\xb0\x58\xe6\x10\xf4"  # mov al, 'X'; out 0x10, al; hlt
+        started = launch.start(0)
+        started.update_data(hva, len(memory))
+        started.measure().finish()
+        with vm.create_vcpu() as vcpu:
+            sregs, regs = vcpu.get_sregs(), vcpu.get_regs()
+            sregs.cs.base = sregs.cs.selector = 0
+            regs.rip, regs.rflags = PAGE, 2
+            vcpu.set_sregs(sregs)
+            vcpu.set_regs(regs)
+            assert vcpu.run() == 0
+            assert (io := vcpu.exit()) and isinstance(io, Io) and (io.port, io.data) == (0x10, b"X")
