@@ -162,7 +162,9 @@ class Watcher:
             with self._lock:
                 watched = list(self._watched)
             for inside in watched:
-                inside.look()
+                with self._lock:  # a vCPU that is being taken away waits for this look
+                    if inside in self._watched:
+                        inside.look()
 
 
 WATCHER = Watcher()
