@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from kvmapi.model.signals import KickFlag
 
@@ -70,7 +70,8 @@ class EngineLock:
             patience = _RETRY
             holder = self._holder
             if holder is not None:
-                holder[0] = 1
+                with suppress(ValueError):  # it has left meanwhile, and is gone
+                    holder[0] = 1
         return True
 
     def release(self) -> None:

@@ -95,7 +95,8 @@ class Inside:
             waiting = self._taken(status, int.from_bytes(self._old.raw[:8], "little"))
         if waiting and self.runs == runs:
             self.interrupted = True
-            self._kick[0] = 1
+            with contextlib.suppress(ValueError):  # the vCPU, and the page with its kick, may be gone
+                self._kick[0] = 1
 
     def _taken(self, status: dict[str, int], blocked: int) -> bool:
         blocked = self.mask if self.mask is not None else blocked
