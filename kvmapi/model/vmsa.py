@@ -14,6 +14,7 @@ from kvmapi.abi import kvm
 from kvmapi.abi.vcpu import kvm_regs, kvm_segment, kvm_sregs
 from kvmapi.model.cpu import fpu
 from kvmapi.model.cpu.msrs import NoSuchMsr
+from kvmapi.model.cpu.sregs import cr0
 from kvmapi.model.cpu.state import CS, DS, ES, F_DB, F_DPL_SHIFT, F_G, F_L, F_P, F_S, FS, GDT, GS, IDT, LDT, SS, TR, Segment
 from kvmapi.vmsa import MSRS, build_vmsa
 
@@ -56,7 +57,7 @@ def known_msrs(cpu: Cpu) -> dict[int, int]:
 def _system_registers(cpu: Cpu) -> kvm_sregs:
     """As they were set, with what KVM_GET_SREGS makes up left out."""
     registers = cpu.registers
-    sregs = kvm_sregs(cr0=registers.cr(0), cr3=registers.cr(3), cr4=registers.cr(4), efer=registers.efer)
+    sregs = kvm_sregs(cr0=cr0(cpu), cr3=registers.cr(3), cr4=registers.cr(4), efer=registers.efer)
     for name, number in _SEGMENTS:
         setattr(sregs, name, _segment(registers.segment(number)))
     for table, number in ((sregs.gdt, GDT), (sregs.idt, IDT)):

@@ -169,6 +169,7 @@ def _write_cr0(cpu: Cpu, value: int) -> bool:
             return False
         registers.efer = efer & ~_EFER_LMA
     registers.set_cr(0, value & _CR0_DEFINED | CR0_ET)
+    cpu.hides_et = False
     return True
 
 

@@ -82,6 +82,7 @@ class Cpu:
         self.exceptions = Exceptions(self)
         self.raise_in_guest, self.internal_error = self.exceptions.raise_in_guest, self.exceptions.internal_error
         self.stats = Stats("", OF_VCPU)
+        self.hides_et = False  # user space set CR0 without ET, and reads it so
         self.refuses_entry = False  # a state that the processor does not enter the guest with
         self.intercepts: Intercepts | None = None  # of an SEV-ES guest: what raises #VC in it
         self.attention = False  # events or debugging want a look before the guest is entered

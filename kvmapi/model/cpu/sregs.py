@@ -24,6 +24,7 @@ _ORDER = (CS, DS, ES, FS, GS, SS, TR, LDT)
 _DEBUG_AT_RESET = 0xFFFF0FF0, 0x400  # DR6, DR7
 SIZE = 312
 BITMAP_AT = 280  # interrupt_bitmap; struct kvm_sregs2 has its flags and PDPTRs there
+_CR0_ET = 1 << 4
 _CR0_PE, _CR0_PG, _CR0_NW, _CR0_CD = 1, 1 << 31, 1 << 29, 1 << 30
 _CR4_PAE = 1 << 5
 _EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
@@ -32,6 +33,7 @@ _EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
 def reset(cpu: Cpu) -> None:
     """The state after RESET: real mode at F000:FFF0."""
     registers = cpu.registers
+    cpu.hides_et = False
     for number in range(16):
         registers.set_gpr(number, 0)
     registers.set_gpr(2, 0x600)  # EDX holds the signature of a processor without CPUID: it is set later
@@ -97,6 +99,11 @@ def _pack_segment(number: int, segment: Segment) -> bytes:
     )
 
 
+def cr0(cpu: Cpu) -> int:
+    """CR0 as KVM has it: without ET, where user space set it so. A processor's ET is always set, and so is the guest's."""
+    return cpu.registers.cr(0) & ~(_CR0_ET if cpu.hides_et else 0)
+
+
 def pack(cpu: Cpu) -> bytes:
     """struct kvm_sregs."""
     registers = cpu.registers
@@ -104,7 +111,7 @@ def pack(cpu: Cpu) -> bytes:
     for number in (GDT, IDT):
         table = registers.segment(number)
         out += _TABLE.pack(table.base, table.limit & 0xFFFF)
-    control = (registers.cr(0), registers.cr(2), registers.cr(3), registers.cr(4), cpu.cr8, registers.efer)
+    control = (cr0(cpu), registers.cr(2), registers.cr(3), registers.cr(4), cpu.cr8, registers.efer)
     return out + _CONTROL.pack(*control, cpu.msrs.read(APIC_BASE)) + bytes(SIZE - BITMAP_AT)
 
 
@@ -119,12 +126,12 @@ def unpack(cpu: Cpu, data: bytes, c_mask: int) -> bool:
     code_l = rows[0][8]
     if not _valid(cpu, cr0, cr3, cr4, efer, bool(code_l), c_mask) or not valid_apic_base(apic_base, cpu.cpuid):
         return False
-    registers = cpu.registers
+    registers, cpu.hides_et = cpu.registers, not cr0 & _CR0_ET
     for number, row in zip(_ORDER, rows):
         registers.set_segment(number, _unpack_segment(row))
     for number, (base, limit) in zip((GDT, IDT), tables):
         registers.set_segment(number, Segment(0, base, limit, 0))
-    for number, value in ((0, cr0), (2, cr2), (3, cr3), (4, cr4)):
+    for number, value in ((0, cr0 | _CR0_ET), (2, cr2), (3, cr3), (4, cr4)):
         registers.set_cr(number, value)
     if not cr8 >> 4:  # KVM does not tell user space that it has not taken a wrong one
         cpu.cr8 = cr8
