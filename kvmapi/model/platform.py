@@ -184,6 +184,15 @@ class Platform:
         sev_eax = _SEV | (_SEV_ES if self.has_sev_es else 0)
         return cpuid.supported(sev_eax, C_BIT, self.asids, self.min_sev_asid, steal_time=steal.offered())
 
+    def host_cpuid(self, function: int, index: int) -> tuple[int, int, int, int]:
+        """CPUID of the modelled machine itself (EAX, EBX, ECX, EDX), as a program beside KVM sees it: what guests are offered,
+        and MWAIT, which KVM does not offer; no hypervisor.
+        """
+        if 0x40000000 <= function < 0x50000000:
+            return 0, 0, 0, 0
+        eax, ebx, ecx, edx = cpuid.Table(self.supported_cpuid()).read(function, index)
+        return eax, ebx, (ecx & ~cpuid.HYPERVISOR | cpuid.MWAIT if function == 1 else ecx), edx
+
     def capability(self, number: int, vm_type: int | None) -> int:
         """KVM_CHECK_EXTENSION at system scope (`vm_type` None) or on a VM."""
         if number in self.dialect.capabilities:

@@ -19,6 +19,7 @@ from vmm.exec.ram import Ram
 if TYPE_CHECKING:
     from vmm.exec.files import FileTable
     from vmm.exec.notify import Listener
+    from vmm.exec.remap import Tracer
 
 _SYS_PIDFD_GETFD = 438
 _CAP_IPC_LOCK = 14
@@ -29,9 +30,9 @@ _FOREIGN = Foreign()
 class RemoteMemory(ProcessMemory):
     """The address space of a traced process."""
 
-    def __init__(self, tgid: int) -> None:
+    def __init__(self, tgid: int, tracer: Tracer | None = None) -> None:
         super().__init__(tgid)
-        self.ram = Ram(tgid)
+        self.ram = Ram(tgid, tracer)
         self.pointer = self.ram.pointer
         self.accessible = self.ram.accessible
         self.reach = self.ram.reach
@@ -60,10 +61,10 @@ class RemoteMemory(ProcessMemory):
 class Process:
     """One traced process: what belongs to its address space. A new program image gets a new object."""
 
-    def __init__(self, tgid: int) -> None:
+    def __init__(self, tgid: int, tracer: Tracer | None = None) -> None:
         self.tgid = tgid
         self.pidfd = os.pidfd_open(tgid)
-        self.memory = RemoteMemory(tgid)
+        self.memory = RemoteMemory(tgid, tracer)
 
     def close(self) -> None:
         """The process has ended, or has another image now."""

@@ -61,6 +61,7 @@ class Child:
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         ours, theirs = socket.socketpair()
         self.name = argv[0]
+        self._status: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
             ours.close()
@@ -103,23 +104,22 @@ class Child:
         self._channel.close()
         return _FAILED.unpack(data)[1] if len(data) == _FAILED.size else None
 
-    def wait(self, waiting: Callable[[], None]) -> int:
-        """Until the program and all it started have ended: the program's wait status. Signals go on to it. `waiting` is called
-        once when it has ended but others have not, after two seconds.
+    def ended(self, pid: int, status: int) -> None:
+        """Somebody below us has ended."""
+        if pid == self.pid:
+            self._status = status
+
+    def wait(self, reap: Callable[[], bool], waiting: Callable[[], None]) -> int:
+        """Until the program and all it started have ended: the program's wait status. Signals go on to it. `reap` takes wait
+        statuses, calls `ended`, and says whether anybody is left; `waiting` is called once when the program has ended but
+        others have not, after two seconds.
         """
-        status: int | None = None
         told = False
         watched = {*_PASSED_ON, signal.SIGCHLD}
         while True:
-            try:
-                pid, ended = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
+            left, status = reap(), self._status
+            if not left:
                 return status if status is not None else 0
-            if pid:
-                if os.WIFSTOPPED(ended):
-                    continue  # held for a moment by a conversion (remap.py)
-                status = ended if pid == self.pid else status
-                continue
             if status is None:
                 came = signal.sigwaitinfo(watched)
             else:

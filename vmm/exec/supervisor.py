@@ -12,13 +12,14 @@ import resource
 import sys
 import threading
 import traceback
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kvmapi.model.caller import ProcessMemory
 from kvmapi.model.files import File
 from kvmapi.model.vcpu import VcpuFile
+from vmm.exec import cpuid, launch
 from vmm.exec import filter as calls
-from vmm.exec import launch
 from vmm.exec.caller import Call, Process
 from vmm.exec.dispatch import Dispatcher
 from vmm.exec.files import FileTable
@@ -27,6 +28,7 @@ from vmm.exec.options import ExecOptions
 from vmm.exec.paths import Paths
 from vmm.exec.pool import Pool
 from vmm.exec.refusals import install_refused
+from vmm.exec.tracer import Tracer
 
 if TYPE_CHECKING:
     from vmm.exec.fallthrough import Fallthrough
@@ -102,6 +104,7 @@ class Supervisor:
         except launch.InstallError as failure:
             raise install_refused(failure.number) from failure
         self.listener = self.child.listener
+        self.tracer = Tracer(partial(cpuid.seen, self.platform.host_cpuid, cpuid.native), self.child.ended, self._explain)
         self._dispatch = Dispatcher(self, Paths(self.platform))
         self.pool = Pool(self.listener, self._handle)
 
@@ -117,9 +120,10 @@ class Supervisor:
     # ---- the life
     def run(self) -> int:
         """Until everybody has ended. The exit status."""
+        self.tracer.start()
         self.pool.start()
         failure = self.child.exec_failure()
-        status = self.child.wait(self._still_running)
+        status = self.child.wait(self.tracer.reap, self._still_running)
         self.pool.stop()
         self.files.close()
         if self.fallthrough is not None:
@@ -181,7 +185,7 @@ class Supervisor:
             if process is None:
                 if len(self._processes) >= _MANY_PROCESSES:
                     self._forget_dead()
-                process = self._processes[tgid] = Process(tgid)
+                process = self._processes[tgid] = Process(tgid, self.tracer)
             return process
 
     def _forget_dead(self) -> None:
@@ -207,6 +211,7 @@ class Supervisor:
     def image_starts(self, notification: Notification) -> None:
         """The first call of a new program image."""
         self.fresh.discard(notification.tid)
+        self.tracer.follow(notification.tid, notification.ip)
 
     def in_call(self, tgid: int) -> set[int]:
         """Threads of a process that wait in calls now."""
@@ -245,6 +250,11 @@ class Supervisor:
         """One line on stderr."""
         with contextlib.suppress(OSError, ValueError):
             print(f"sevmm exec: {text}", file=sys.stderr, flush=True)
+
+    def _explain(self, text: str) -> None:
+        """Something that only whoever wonders has to know."""
+        if self.options.verbose:
+            self.say_once(text)
 
     def say_once(self, text: str) -> None:
         """The same, but never twice."""

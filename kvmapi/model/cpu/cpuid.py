@@ -49,6 +49,7 @@ _STEAL_TIME = 1 << kvm.KVM_FEATURE_STEAL_TIME
 SEV_LEAF = 0x8000001F
 FAMILY_MODEL = 0x00800F12  # an EPYC of the first generation
 MAX_PHYS_BITS = 48
+MWAIT, HYPERVISOR = 1 << 3, 1 << 31  # leaf 1 ECX
 OSXSAVE = 1 << 27  # leaf 1 ECX: follows CR4.OSXSAVE while the guest runs
 XSAVE_BYTES = fpu.FXSAVE_SIZE + 64  # legacy area and header: the model has no component beyond x87 and SSE
 
