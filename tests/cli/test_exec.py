@@ -47,13 +47,12 @@ def test_what_follows_is_the_programs(argv: list[str], words: tuple[str, ...], a
 
 def test_all_options(asked: list[ExecOptions], tmp_path: Path) -> None:
     log = tmp_path / "log"
-    line = f"exec --platform sev,asids=9,min-sev-asid=3 --dialect upm-v7 --fallthrough --record {log} --record-limit 1M --verbose -- p a"
+    machine = "--platform sev,asids=9,min-sev-asid=3 --dialect upm-v7 --fallthrough --cpuid host"
+    line = f"exec {machine} --record {log} --record-limit 1M --verbose -- p a"
     assert cli.main(line.split()) == 7
-    assert asked == [
-        ExecOptions(
-            ("p", "a"), Machine(True, False, 9, 3), "upm-v7", fallthrough=True, record=log, record_limit=1 << 20, verbose=True
-        )
-    ]  # fmt: skip
+    found = Machine(True, False, 9, 3)
+    wanted = ExecOptions(("p", "a"), found, "upm-v7", fallthrough=True, host_cpuid=True, record=log, record_limit=1 << 20, verbose=True)
+    assert asked == [wanted]
 
 
 def test_host_that_cannot_is_4(asked: list[ExecOptions], capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,7 @@ def test_gdb_stops_where_it_is_told(build: Build, under: Under) -> None:
 
 def test_gdb_attaches_to_a_running_guest(build: Build, under: Under) -> None:
     need_gdb()
+    under = replace(under, options=("--cpuid", "host"))
     process = under.start([build("spin"), "2", "catch"])
     pid = int(read_line(process).split()[1])
     attach = ["gdb", "-batch", "-nx", "-p", str(pid), "-ex", "info threads", "-ex", "detach"]

@@ -27,6 +27,7 @@ def run(options: argparse.Namespace) -> int:
         machine=options.platform,
         dialect=options.dialect,
         fallthrough=options.fallthrough,
+        host_cpuid=options.cpuid == "host",
         record=None if options.record is None else Path(options.record),
         record_limit=options.record_limit or RECORD_LIMIT,
         verbose=options.verbose,

@@ -34,6 +34,7 @@ def add(verb: Callable[..., argparse.ArgumentParser], verbs: Any, dialects: Sequ
     option("--platform", type=_machine, default="sev-es", metavar="P", help=_platform_help())
     option("--dialect", choices=dialects, default="mainline", metavar="D", help=f"whose interface of private memory: {', '.join(dialects)}")
     option("--fallthrough", action="store_true", help="plain VMs use the machine's own /dev/kvm; only the other types are the model's")
+    option("--cpuid", choices=("model", "host"), default="model", metavar="C", help="whose CPUID the program itself sees: model or host")
     record = option("--record", metavar="FILE", help="write each call on these devices, decoded, as a line of JSON (docs/exec.md)")
     record.complete = {"bash": "_shtab_compgen_files", "zsh": "_files"}  # type: ignore[attr-defined]  # shtab's convention
     option("--record-limit", type=values.size, metavar="SIZE", help="stop recording at this size (default: 256M)")

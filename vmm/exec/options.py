@@ -119,12 +119,15 @@ def _check(made: Machine, seen: set[str], preset: str) -> None:
 
 @dataclass(frozen=True)
 class ExecOptions:
-    """One `sevmm exec`. `argv` is the program with its arguments, not empty; `record` None: nothing is recorded."""
+    """One `sevmm exec`. `argv` is the program with its arguments, not empty; `record` None: nothing is recorded;
+    `host_cpuid`: the program sees this machine's CPUID, and nobody traces it.
+    """
 
     argv: tuple[str, ...]
     machine: Machine = Machine()
     dialect: str = "mainline"
     fallthrough: bool = False
+    host_cpuid: bool = False
     record: Path | None = None
     record_limit: int = RECORD_LIMIT
     verbose: bool = False

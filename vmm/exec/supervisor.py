@@ -211,7 +211,8 @@ class Supervisor:
     def image_starts(self, notification: Notification) -> None:
         """The first call of a new program image."""
         self.fresh.discard(notification.tid)
-        self.tracer.follow(notification.tid, notification.ip)
+        if not self.options.host_cpuid:
+            self.tracer.follow(notification.tid, notification.ip)
 
     def in_call(self, tgid: int) -> set[int]:
         """Threads of a process that wait in calls now."""
