@@ -33,7 +33,12 @@ from tests.conftest import device_mappings, open_fds
 
 IN_GUEST, HANG = 0.004, 60.0  # seconds: a guest is kicked after the first; a call that takes the second hangs
 MOST_FDS, CANARY_EVERY = 14, 0.5
-FRESH_FDS = {ioctls.KVM_CREATE_VM: "vm", ioctls.KVM_CREATE_VCPU: "vcpu", ioctls.KVM_CREATE_GUEST_MEMFD: "guest_memfd"}
+FRESH_FDS = {
+    ioctls.KVM_CREATE_VM: "vm",
+    ioctls.KVM_CREATE_VCPU: "vcpu",
+    ioctls.KVM_CREATE_GUEST_MEMFD: "guest_memfd",
+    ioctls.KVM_GET_STATS_FD: "stats",
+}
 NO_FDS = (-1, 0, 999999, 1 << 33)
 RSS_GROWTH, RSS_MOST = 64, 2048  # MiB
 
