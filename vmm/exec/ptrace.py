@@ -17,16 +17,18 @@ import errno
 import os
 import queue
 import signal
+import struct
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from enum import Enum
 
 SEIZE, INTERRUPT, GETSIGINFO = 0x4206, 0x4207, 0x4202
 GETREGS, SETREGS, SYSCALL, CONT, DETACH = 12, 13, 24, 7, 17
 GETSIGMASK, SETSIGMASK = 0x420A, 0x420B
 TRACESYSGOOD = 1
-SYSCALL_STOP = signal.SIGTRAP | 0x80
-EVENT_STOP = 128 << 8 | signal.SIGTRAP  # what PTRACE_INTERRUPT makes
+_SYSCALL_CODE = signal.SIGTRAP | 0x80  # si_code of the stops of PTRACE_SYSCALL
+_EVENT_CODE = 128  # PTRACE_EVENT_STOP: bits 8 and up of si_code of what PTRACE_INTERRUPT makes, and of group stops
 _U64 = (1 << 64) - 1
 _FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP)
 _NAP, _LONG_NAP = 5e-5, 1e-3
@@ -38,6 +40,14 @@ _ptrace = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c
 
 
 Here = Callable[[Callable[[], int]], int]  # calls its argument in another thread
+
+
+class Stop(Enum):
+    """Why a thread is stopped."""
+
+    EVENT = "asked to, or with all of its process"
+    SYSCALL = "at the start or the end of a system call"
+    SIGNAL = "before a signal is delivered: it is lost unless it is given back when the thread goes on"
 
 
 class Registers(ctypes.Structure):
@@ -66,6 +76,7 @@ class Hold:
         self._tgid = tgid
         self._seized: set[int] = set()
         self._kept: set[int] = set()  # those of them that were seized before
+        self._faulted: set[int] = set()  # whose last signal is the fault of `call`
         self._info = ctypes.create_string_buffer(128)
 
     # ---- freezing
@@ -133,32 +144,35 @@ class Hold:
 
     def stopped(self, tid: int) -> bool:
         """Is it held in a stop?"""
-        if _ptrace(GETSIGINFO, tid, None, ctypes.addressof(self._info)) == 0:
-            return True
-        ctypes.memset(self._info, 0, 128)
-        return ctypes.get_errno() == errno.EINVAL  # a group stop
+        return bool(_ptrace(GETSIGINFO, tid, None, ctypes.addressof(self._info)) == 0)
 
-    def _kind(self) -> int:
-        """si_code of the stop that was seen last: what kind. A small one: a signal is about to be delivered."""
-        return int.from_bytes(self._info.raw[8:12], "little")
+    def _seen(self) -> tuple[Stop, int]:
+        """Of the stop that was seen last: why, and the signal."""
+        number, code = struct.unpack_from("=i4xi", self._info)
+        if code >> 8 == _EVENT_CODE:
+            return Stop.EVENT, number
+        return (Stop.SYSCALL if code == _SYSCALL_CODE else Stop.SIGNAL), number
 
-    def wait(self, tid: int) -> int:
-        """Wait for a stop of `tid`: its kind. ProcessLookupError when the thread is gone."""
+    def wait(self, tid: int) -> tuple[Stop, int]:
+        """Wait for a stop of `tid`: why, and the signal. ProcessLookupError when the thread is gone."""
         nap = _NAP
         while not self.stopped(tid):
             if state(self._tgid, tid) in "ZX":
                 raise ProcessLookupError(errno.ESRCH, "the thread has ended")
             time.sleep(nap)
             nap = min(2 * nap, _LONG_NAP)
-        return self._kind()
+        return self._seen()
 
     def let_go(self) -> None:
         """Every thread goes on. Those that have not stopped yet go on when this OS thread ends."""
         for tid in self._seized:
             with contextlib.suppress(OSError):
+                if not self.stopped(tid):
+                    continue
+                why, number = self._seen()
                 if tid not in self._kept:
-                    request(DETACH, tid)
-                elif self.stopped(tid) and self._kind() in (EVENT_STOP, SYSCALL_STOP):
+                    request(DETACH, tid, None, number if why == Stop.SIGNAL and tid not in self._faulted else 0)
+                elif why != Stop.SIGNAL:
                     request(CONT, tid)
         self._seized.clear()
 
@@ -199,12 +213,13 @@ class Hold:
         self.set_registers(tid, registers)
         for _ in range(2):  # entry, exit
             request(SYSCALL, tid)
-            while (code := self.wait(tid)) != SYSCALL_STOP:
+            while (stop := self.wait(tid))[0] != Stop.SYSCALL:
                 # SIGSTOP cannot be held back. The group stop it makes goes on when the thread is let go.
-                number = int.from_bytes(self._info.raw[:4], "little")
-                if number in _FAULTS and code >> 8 == 0:
-                    raise OSError(errno.EFAULT, f"signal {number} instead of a system call")
-                request(SYSCALL, tid, None, signal.SIGSTOP if number == signal.SIGSTOP and code >> 8 == 0 else 0)
+                why, signal_ = stop
+                if why == Stop.SIGNAL and signal_ in _FAULTS:
+                    self._faulted.add(tid)
+                    raise OSError(errno.EFAULT, f"signal {signal_} instead of a system call")
+                request(SYSCALL, tid, None, signal_ if why == Stop.SIGNAL else 0)
         result = int(self.registers(tid).rax)
         return result - (1 << 64) if result >> 63 else result
 

@@ -17,6 +17,7 @@ When it cannot be done the memory stays as it was and the system call goes on: s
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Collection
 from typing import NamedTuple, Protocol
@@ -27,7 +28,7 @@ from vmm.exec.maps import Area, Maps
 
 _MMAP, _CLOSE = 9, 3
 _SHARED_FIXED = 0x01 | 0x10 | 0x4000  # MAP_SHARED | MAP_FIXED | MAP_NORESERVE
-_SYSCALL = 2  # bytes of the `syscall` instruction
+_SYSCALL = b"\x0f\x05"
 
 
 class Held(Protocol):
@@ -111,7 +112,9 @@ class Conversion:
         """Get the caller's thread out of its notification and into a stop."""
         hold.interrupt(self._held.tid)
         self._held.answer(0)
-        hold.wait(self._held.tid)
+        why, _ = hold.wait(self._held.tid)
+        if why != ptrace.Stop.EVENT:
+            raise OSError(errno.EBUSY, "the thread stopped for another reason")
 
     def _give(self) -> dict[Backing, int]:
         """Put the backings' fds into the process. OSError when it has no room for them."""
@@ -126,7 +129,9 @@ class Conversion:
         return fds
 
     def _convert(self, hold: ptrace.Hold, fds: dict[Backing, int]) -> None:
-        tid, instruction = self._held.tid, self._held.ip - _SYSCALL
+        tid, instruction = self._held.tid, self._held.ip - len(_SYSCALL)
+        if copying.read(self._tgid, instruction, len(_SYSCALL)) != _SYSCALL:
+            raise OSError(errno.EFAULT, "the program has changed its code")
         with hold.borrowed(tid):
             try:
                 for piece in self._pieces:
