@@ -24,8 +24,8 @@ from lablib.words import Failure
 
 TREE = Path(__file__).resolve().parents[2]
 UNSUPPORTED, NOT_READY, INTERRUPTED = 4, 69, 130
-LIMIT = 120.0
-"""Seconds per test."""
+LIMIT = 240.0
+"""Seconds per test; as in the lab, where the slowest that passes takes 160."""
 
 _START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from vmm.cli import main; sys.exit(main())"
 _WIDTH = 40

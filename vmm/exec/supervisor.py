@@ -82,12 +82,14 @@ class Supervisor:
     """The state that all threads share."""
 
     def __init__(self, options: ExecOptions) -> None:
-        from vmm.exec.record import Recorder
-
         self.options = options
         self._said: set[str] = set()
         self.platform = options.platform()
-        self._recorder: Recorder | None = Recorder(options.record, options) if options.record is not None else None
+        self._recorder: Recorder | None = None
+        if options.record is not None:
+            from vmm.exec.record import Recorder
+
+            self._recorder = Recorder(options.record, options)
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         table = min(soft, _LARGEST_TABLE)
         high = table - table // _GUARDED_PART
