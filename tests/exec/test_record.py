@@ -19,6 +19,12 @@ from kvmapi.model.caller import OwnMemory
 from vmm.exec.options import ExecOptions, machine
 from vmm.exec.record import LEAST_LIMIT, CallRecord, Recorder
 
+
+class File:
+    """A file of the model."""
+
+
+VM, VCPU = File(), File()
 OPTIONS = ExecOptions(("./vmm", "-m", "1G"), machine("sev,asids=9"))
 
 
@@ -45,11 +51,11 @@ def test_whole_story(tmp_path: Path) -> None:
     recorder.call(me("openat", fields={"path": "/dev/kvm"}, result=5))
     region = structs.kvm_userspace_memory_region(1, 0, 0x1000, 0x800, 0)
     at = ctypes.addressof(region)
-    entry = recorder.ioctl(os.getpid(), os.getpid(), "vm", 4711, ioctls.KVM_SET_USER_MEMORY_REGION, at, OwnMemory())
+    entry = recorder.ioctl(os.getpid(), os.getpid(), "vm", VM, ioctls.KVM_SET_USER_MEMORY_REGION, at, OwnMemory())
     recorder.end(entry, -errno.EINVAL)
     page = bytearray(4096)
     kvm_run.from_buffer(page).exit_reason = kvm.KVM_EXIT_HLT
-    entry = recorder.ioctl(os.getpid(), os.getpid(), "kvm-vcpu", 4712, ioctls.KVM_RUN, 0, NoMemory())
+    entry = recorder.ioctl(os.getpid(), os.getpid(), "kvm-vcpu", VCPU, ioctls.KVM_RUN, 0, NoMemory())
     recorder.end(entry, 0, page)
     assert recorder.close() == ""
     header, opened, refused, ran, end = lines(path)
@@ -58,10 +64,10 @@ def test_whole_story(tmp_path: Path) -> None:
     assert (header["dialect"], header["record"]) == ("mainline", 1)
     assert (opened["call"], opened["in"], opened["result"]) == ("openat", {"path": "/dev/kvm"}, 5)
     assert opened["comm"] == Path("/proc/self/comm").read_text().strip()
-    assert (refused["on"], refused["file"], refused["ioctl"]) == ("vm", 4711, "KVM_SET_USER_MEMORY_REGION")
+    assert (refused["on"], refused["file"], refused["ioctl"]) == ("vm", 1, "KVM_SET_USER_MEMORY_REGION")
     assert refused["in"]["memory_size"] == 0x800
     assert (refused["result"], refused["error"]) == (-22, "EINVAL (invalid argument)")
-    assert (ran["on"], ran["ioctl"], ran["exit"]) == ("vcpu", "KVM_RUN", {"reason": "HLT"})
+    assert (ran["on"], ran["file"], ran["ioctl"], ran["exit"]) == ("vcpu", 2, "KVM_RUN", {"reason": "HLT"})
     assert ran["us"] >= 0
     assert ran["t"] >= refused["t"] >= opened["t"] >= 0
     assert end == {"end": "complete", "calls": 3, "dropped": 0}
@@ -121,7 +127,7 @@ def test_threads_write_whole_lines(tmp_path: Path) -> None:
 
     def work() -> None:
         for _ in range(500):
-            recorder.end(recorder.ioctl(1, threading.get_native_id(), "system", 1, ioctls.KVM_GET_API_VERSION, 0, NoMemory()), 12)
+            recorder.end(recorder.ioctl(1, threading.get_native_id(), "system", VM, ioctls.KVM_GET_API_VERSION, 0, NoMemory()), 12)
 
     threads = [threading.Thread(target=work) for _ in range(6)]
     for thread in threads:

@@ -3,7 +3,7 @@
 The first line is a header; then one line per call, in the order in which calls *ended*; the last line says how it ended:
 
     {"sevmm": "0.1.0", "record": 1, "started": …, "kernel": …, "argv": […], "platform": {…}, "dialect": "mainline", …}
-    {"t": 0.0123, "pid": 77, "tid": 77, "comm": "vmm", "call": "ioctl", "on": "vm", "file": 4711,
+    {"t": 0.0123, "pid": 77, "tid": 77, "comm": "vmm", "call": "ioctl", "on": "vm", "file": 2,
      "ioctl": "KVM_SET_USER_MEMORY_REGION", "in": {"slot": 0, …}, "result": 0, "us": 812.5}
     {"end": "complete", "calls": 2041, "dropped": 0}
 
@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from kvmapi.exits import Mapping as RunMapping
 from kvmapi.words import errno_words
@@ -49,8 +50,8 @@ class Memory(Protocol):
 
 @dataclass(slots=True)
 class CallRecord:
-    """One call. `on` is the kind of file (rows.On, or the model's word for it), `file` its number: the same for all fds of one
-    file. `fields` are arguments by name; for an ioctl `Recorder.ioctl` fills in what is decoded. `result`: as the system
+    """One call. `on` is the kind of file (rows.On, or the model's word for it), `file` its number, from 1: the same for all
+    fds of one file. `fields` are arguments by name; for an ioctl `Recorder.ioctl` fills in what is decoded. `result`: as the system
     call's, or -errno.
     """
 
@@ -78,6 +79,8 @@ class Recorder:
         self._changed = threading.Condition()
         self._buffer: list[bytes] = []
         self._buffered = self._taken = self._calls = self._dropped = 0
+        self._numbers: WeakKeyDictionary[object, int] = WeakKeyDictionary()
+        self._files = 0  # the last number given
         self._flusher: threading.Thread | None = None
         self._closed = self._full = False
         self._failure = ""
@@ -87,10 +90,13 @@ class Recorder:
             header = json.dumps(_header(options, self._limit, arguments=False)).encode()
         self._put(header)
 
-    def ioctl(self, pid: int, tid: int, on: str, file: int, request: int, argument: int, memory: Memory) -> CallRecord:
-        """An ioctl begins: decode what it passes. Give the record to `end` with the result."""
+    def ioctl(self, pid: int, tid: int, on: str, file: object, request: int, argument: int, memory: Memory) -> CallRecord:
+        """An ioctl on `file` of the model begins: decode what it passes. Give the record to `end` with the result."""
         on = _KINDS.get(on, on)
-        entry = CallRecord(pid, tid, "ioctl", on, file, argument=argument, memory=memory)
+        with self._changed:
+            number = self._numbers.setdefault(file, self._files + 1)
+            self._files = max(self._files, number)
+        entry = CallRecord(pid, tid, "ioctl", on, number, argument=argument, memory=memory)
         entry.decoded = self._decoder.before(on, request, argument, memory.read)
         return entry
 

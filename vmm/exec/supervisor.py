@@ -232,7 +232,7 @@ class Supervisor:
         if self._recorder is None:
             return None
         tgid = call.process.tgid
-        return self._recorder.ioctl(tgid, call.thread, file.kind, id(file), notification.a1, notification.a2, call.memory)
+        return self._recorder.ioctl(tgid, call.thread, file.kind, file, notification.a1, notification.a2, call.memory)
 
     def end(self, record: CallRecord, result: int, file: File) -> None:
         """It is about to be answered."""
