@@ -39,6 +39,7 @@ _LISTEN = 0x4208
 _TRACEFORK, _TRACEVFORK, _TRACECLONE, _TRACEEXEC, _TRACEEXIT, _EXITKILL = 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 6, 1 << 20
 _OPTIONS = ptrace.TRACESYSGOOD | _TRACEFORK | _TRACEVFORK | _TRACECLONE | _TRACEEXEC | _TRACEEXIT | _EXITKILL
 _EVENT_EXEC, _EVENT_EXIT, _EVENT_STOP = 4, 6, 128
+_SYSCALL_STOP = signal.SIGTRAP | 0x80
 _STOPS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _ARCH_PRCTL, _ARCH_SET_CPUID = 158, 0x1012
 _FROM_KERNEL = 0x80  # si_code of a general protection fault
@@ -165,7 +166,7 @@ class Tracer:
             ptrace.request(ptrace.DETACH, tid, None, 0 if event else number)
         elif event == _EVENT_STOP and number in _STOPS:
             ptrace.request(_LISTEN, tid)
-        elif event or number == ptrace.SYSCALL_STOP or (number == signal.SIGSEGV and self._answered(tid)):
+        elif event or number == _SYSCALL_STOP or (number == signal.SIGSEGV and self._answered(tid)):
             ptrace.request(ptrace.CONT, tid)
         else:
             ptrace.request(ptrace.CONT, tid, None, number)
