@@ -71,12 +71,12 @@ class Facts:
         try:
             data = tomllib.loads(path.read_text())
             self.named: tuple[str, ...] = tuple(data["named"])
-            self._exec = {test: self._split(test, line) for test, line in data["exec"].items()}
+            self.known = {test: self._split(test, line) for test, line in data["exec"].items()}
             self._lab: dict[str, str] = {**data["lab"], **(kept or {})}
         except (OSError, KeyError, AttributeError, TypeError, tomllib.TOMLDecodeError) as error:
             raise Failure(f"{path}: {error!r}") from error
-        strange = [test for test in (*self.named, *self._exec) if test not in data["lab"]]
-        if both := [test for test in self.named if test in self._exec]:
+        strange = [test for test in (*self.named, *self.known) if test not in data["lab"]]
+        if both := [test for test in self.named if test in self.known]:
             raise Failure(f"{path}: {', '.join(both)} must pass, and yet has a line that says why not")
         if strange:
             raise Failure(f"{path}: no such test: {', '.join(strange)}")
@@ -91,7 +91,7 @@ class Facts:
     def judge(self, outcome: Outcome) -> Judged:
         """`outcome` beside what is known of its test."""
         known = outcome.test in self._lab
-        expected, why = self._exec.get(outcome.test, ("pass" if known else "any", ""))
+        expected, why = self.known.get(outcome.test, ("pass" if known else "any", ""))
         return Judged(outcome, expected, why, outcome.test in self.named, self._lab.get(outcome.test, ""))
 
     def seconds(self, test: str) -> float:

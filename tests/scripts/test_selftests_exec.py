@@ -237,3 +237,11 @@ def test_lab_keeps_its_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     selftests.keep(resolved, [selftests.Row("a", "pass", 1.25), selftests.Row("b", "hang", 9)])
     selftests.keep(resolved, [selftests.Row("a", "fail", 2)])
     assert selftests.kept(resolved) == {"a": "fail 2.0", "b": "hang 9.0"}
+
+
+def test_every_known_failure_stands_in_the_fidelity_table(tree: Path) -> None:
+    from lablib.exec_expect import Facts
+
+    text = (tree / "docs/fidelity.md").read_text()
+    for test, (verdict, _) in Facts().known.items():
+        assert verdict == "skip" or f"`{test.removeprefix('x86/')}`" in text, test

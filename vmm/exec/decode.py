@@ -37,7 +37,7 @@ MOST_ENTRIES = 64
 _MOST_ITEMS = 32
 _COUNTS = frozenset({
     "slot", "id", "nr", "irq", "gsi", "nmsrs", "nent", "len", "count", "sev_fd", "fd", "guest_memfd", "resamplefd", "size", "memory_size",
-    "nr_xcrs", "entries", "suberror", "ndata", "cpl", "datamatch_len", "num_pages",
+    "nr_xcrs", "errno", "entries", "suberror", "ndata", "cpl", "datamatch_len", "num_pages",
 })  # fmt: skip
 _MULTIPLEXED = {KVM_MEMORY_ENCRYPT_OP: kvm_sev_cmd, SEV_ISSUE_CMD: sev_issue_cmd}
 _UNREADABLE: Fields = {"unreadable": True}
