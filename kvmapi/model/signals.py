@@ -98,6 +98,12 @@ class Inside:
             with contextlib.suppress(ValueError):  # the vCPU, and the page with its kick, may be gone
                 self._kick[0] = 1
 
+    def stopped(self) -> None:
+        """The program's job was stopped and continued, and we with it: its threads have left KVM_RUN in between."""
+        if self.foreign and self.thread:
+            self.interrupted = True
+            self._kick[0] = 1
+
     def _taken(self, status: dict[str, int], blocked: int) -> bool:
         blocked = self.mask if self.mask is not None else blocked
         return (status.get("SigPnd", 0) | status.get("ShdPnd", 0)) & ~blocked & ~status.get("SigIgn", 0) != 0
@@ -156,6 +162,12 @@ class Watcher:
             self._watched.discard(inside)
             if not self._watched:
                 self._wake.set()
+
+    def job_continued(self) -> None:
+        """SIGCONT came to us: the watcher, stopped too, has missed what the stop did to threads of others."""
+        with self._lock:
+            for inside in self._watched:
+                inside.stopped()
 
     def _main(self, end: threading.Event) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - set(_NEVER_BLOCKED))  # signals are for others

@@ -57,7 +57,7 @@ class Child:
         """Start `argv`. InstallError: the filter was refused. The exec itself is waited for by `wait_for_exec`, because the
         program's first system calls need answers.
         """
-        self._held = signal.pthread_sigmask(signal.SIG_BLOCK, {*_PASSED_ON, signal.SIGCHLD})
+        self._held = signal.pthread_sigmask(signal.SIG_BLOCK, {*_PASSED_ON, signal.SIGCHLD, signal.SIGCONT})
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         ours, theirs = socket.socketpair()
         self.name = argv[0]
@@ -109,13 +109,13 @@ class Child:
         if pid == self.pid:
             self._status = status
 
-    def wait(self, reap: Callable[[], bool], waiting: Callable[[], None]) -> int:
+    def wait(self, reap: Callable[[], bool], waiting: Callable[[], None], continued: Callable[[], None]) -> int:
         """Until the program and all it started have ended: the program's wait status. Signals go on to it. `reap` takes wait
         statuses, calls `ended`, and says whether anybody is left; `waiting` is called once when the program has ended but
-        others have not, after two seconds.
+        others have not, after two seconds; `continued` when we were stopped, as the terminal stops a whole job.
         """
         told = False
-        watched = {*_PASSED_ON, signal.SIGCHLD}
+        watched = {*_PASSED_ON, signal.SIGCHLD, signal.SIGCONT}
         while True:
             left, status = reap(), self._status
             if not left:
@@ -131,6 +131,9 @@ class Child:
                     continue
                 came = timed
             if came.si_signo == signal.SIGCHLD:
+                continue
+            if came.si_signo == signal.SIGCONT:
+                continued()
                 continue
             if status is not None:
                 kill_descendants(came.si_signo if came.si_signo != signal.SIGWINCH else 0)

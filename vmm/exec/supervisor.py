@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvmapi.model.caller import ProcessMemory
 from kvmapi.model.files import File
+from kvmapi.model.signals import WATCHER
 from kvmapi.model.vcpu import VcpuFile
 from vmm.exec import cpuid, launch
 from vmm.exec import filter as calls
@@ -125,7 +126,7 @@ class Supervisor:
         self.tracer.start()
         self.pool.start()
         failure = self.child.exec_failure()
-        status = self.child.wait(self.tracer.reap, self._still_running)
+        status = self.child.wait(self.tracer.reap, self._still_running, WATCHER.job_continued)
         self.pool.stop()
         self.files.close()
         if self.fallthrough is not None:
