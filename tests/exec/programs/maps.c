@@ -21,7 +21,6 @@ int main(void)
 	GUEST(&m, NULL, 16 * PAGE, OUT_FOR_EVER);
 	expect("/dev/kvm", map(m.kvm, PAGE, PROT_READ, MAP_SHARED, 0), -ENODEV);
 	expect("a VM", map(m.vm, PAGE, PROT_READ, MAP_SHARED, 0), -ENODEV);
-	expect("a VM, private", map(m.vm, PAGE, PROT_READ, MAP_PRIVATE, 0), -ENODEV);
 	expect("a vCPU", map(m.vcpu, m.run_size, PROT_READ | PROT_WRITE, MAP_SHARED, 0), 0);
 	expect("a vCPU, read only", map(m.vcpu, PAGE, PROT_READ, MAP_SHARED, 0), 0);
 	expect("a vCPU's second page", map(m.vcpu, PAGE, PROT_READ, MAP_SHARED, PAGE), 0);

@@ -14,7 +14,6 @@ static const struct { const char *name; int on; unsigned long request; size_t si
 	{ "IRQFD", VM, KVM_IRQFD, sizeof(struct kvm_irqfd), IN },
 	{ "IOEVENTFD", VM, KVM_IOEVENTFD, sizeof(struct kvm_ioeventfd), IN },
 	{ "GET_CLOCK", VM, KVM_GET_CLOCK, sizeof(struct kvm_clock_data), OUT },
-	{ "CREATE_DEVICE", VM, KVM_CREATE_DEVICE, sizeof(struct kvm_create_device), IN },
 	{ "GET_REGS", VCPU, KVM_GET_REGS, sizeof(struct kvm_regs), OUT },
 	{ "SET_REGS", VCPU, KVM_SET_REGS, sizeof(struct kvm_regs), IN },
 	{ "GET_SREGS", VCPU, KVM_GET_SREGS, sizeof(struct kvm_sregs), OUT },
