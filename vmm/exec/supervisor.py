@@ -7,6 +7,7 @@ and all it started have ended, giving everything back, and ending as the program
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import sys
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _GUARDED_PART = 4  # the last quarter of the fd table is where guarded fds stand
 _LARGEST_TABLE = 4096
 _MANY_PROCESSES = 64
+_PR_SET_DUMPABLE = 4
 
 
 class _Peek(ProcessMemory):
@@ -106,6 +108,7 @@ class Supervisor:
             self.child = launch.Child(options.argv, calls.program(high))
         except launch.InstallError as failure:
             raise install_refused(failure.number) from failure
+        _close_to_others()
         self.listener = self.child.listener
         self.tracer = Tracer(partial(cpuid.seen, self.platform.host_cpuid, cpuid.native), self.child.ended, self._explain)
         self._dispatch = Dispatcher(self, Paths(self.platform))
@@ -284,6 +287,17 @@ def _group_of(tid: int) -> int:
     except OSError:
         raise ProcessLookupError from None
     raise ProcessLookupError
+
+
+def _close_to_others() -> None:
+    """The program runs under our user, and what the model knows about guests is none of its business: it may not look into
+    this process through /proc or ptrace. SEVMM_DEBUG leaves it open, for a debugger of our own.
+    """
+    from kvmapi.model.cpu.native import own_memory
+
+    own_memory(os.getpid())  # the last chance to open that
+    if not os.environ.get("SEVMM_DEBUG"):
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def run(options: ExecOptions) -> int:

@@ -19,7 +19,7 @@ from unicorn import x86_const as x86
 
 from kvmapi.model.cpu import layout, stubs
 from kvmapi.model.cpu.layout import Layout, expect, find_all
-from kvmapi.model.cpu.native import Native, TlbEntry, TlbFill
+from kvmapi.model.cpu.native import Native, TlbEntry, TlbFill, own_memory
 
 _CODE_AT = 0x1000
 _HLT = b"\xf4"
@@ -63,11 +63,7 @@ class _Probe:
 
     def structure(self) -> bytes:
         """The first page of the engine's own structure, read so that a smaller allocation is no crash."""
-        fd = os.open("/proc/self/mem", os.O_RDONLY)
-        try:
-            return os.pread(fd, 4096, self.native.handle)
-        finally:
-            os.close(fd)
+        return os.pread(own_memory(os.getpid()), 4096, self.native.handle)
 
 
 def run() -> Layout:

@@ -14,6 +14,7 @@ Hooks that are called per block or per stop are machine code, not Python: stubs.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 from collections.abc import Callable, Collection
@@ -71,6 +72,12 @@ _MARK = 0x53_65_76_4D_4D_4D_4D_01
 _REG_EFLAGS, _REG_RAX, _REG_MSR = 25, 35, 248  # UC_X86_REG_EFLAGS, _RAX, _MSR (their module takes 10 ms to import)
 
 
+@functools.lru_cache(maxsize=1)
+def own_memory(pid: int) -> int:
+    """An fd of our own memory, opened once per process (`pid`): later it may be forbidden, even for ourselves."""
+    return os.open("/proc/self/mem", os.O_RDONLY | os.O_CLOEXEC)
+
+
 _places: list[tuple[int, int]] = []  # offset of the CPU's pointer in the engine, and of the state in what it points to
 
 
@@ -79,32 +86,29 @@ def _locate_state(handle: int, copy: bytes) -> int:
     one in every engine, so it is searched for once. Other copies may lie about in memory: only the structure itself
     follows when RAX is written. All reads go through /proc, so that a wild pointer is no crash.
     """
-    fd = os.open("/proc/self/mem", os.O_RDONLY)
-    try:
-        engine = os.pread(fd, _ENGINE_BYTES, handle)
+    fd = own_memory(os.getpid())
+    engine = os.pread(fd, _ENGINE_BYTES, handle)
 
-        def live(at: int, offset: int) -> int:
-            address = int.from_bytes(engine[at : at + 8], "little") + offset
-            mark = ctypes.c_uint64(_MARK)
-            _reg_write(handle, _REG_RAX, ctypes.addressof(mark))
-            followed = _peek(fd, address, 8) == bytes(mark) and _peek(fd, address + 8, len(copy) - 8) == copy[8:]
-            mark.value = int.from_bytes(copy[:8], "little")
-            _reg_write(handle, _REG_RAX, ctypes.addressof(mark))
-            return address if followed else 0
+    def live(at: int, offset: int) -> int:
+        address = int.from_bytes(engine[at : at + 8], "little") + offset
+        mark = ctypes.c_uint64(_MARK)
+        _reg_write(handle, _REG_RAX, ctypes.addressof(mark))
+        followed = _peek(fd, address, 8) == bytes(mark) and _peek(fd, address + 8, len(copy) - 8) == copy[8:]
+        mark.value = int.from_bytes(copy[:8], "little")
+        _reg_write(handle, _REG_RAX, ctypes.addressof(mark))
+        return address if followed else 0
 
-        for place in _places:
-            if address := live(*place):
+    for place in _places:
+        if address := live(*place):
+            return address
+    for at in range(0, len(engine) - 7, 8):
+        area = _peek(fd, int.from_bytes(engine[at : at + 8], "little"), _OBJECT_BYTES)
+        offset = area.find(copy)
+        while offset >= 0:
+            if address := live(at, offset):
+                _places.append((at, offset))
                 return address
-        for at in range(0, len(engine) - 7, 8):
-            area = _peek(fd, int.from_bytes(engine[at : at + 8], "little"), _OBJECT_BYTES)
-            offset = area.find(copy)
-            while offset >= 0:
-                if address := live(at, offset):
-                    _places.append((at, offset))
-                    return address
-                offset = area.find(copy, offset + 1)
-    finally:
-        os.close(fd)
+            offset = area.find(copy, offset + 1)
     raise EngineMismatch("the installed unicorn hides its CPU structure: install it with `pip install unicorn==2.1.4`")
 
 
