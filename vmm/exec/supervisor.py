@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import resource
 import sys
@@ -147,7 +148,7 @@ class Supervisor:
     def _not_started(self, number: int) -> int:
         name = self.options.argv[0]
         found = launch.find(name)
-        if found is None or not os.path.exists(found):
+        if found is None or (number == errno.ENOENT and not os.path.exists(found)):
             self.say(f"{name}: there is no such program")
             return launch.NOT_FOUND
         self.say(f"{found} cannot be executed: {os.strerror(number).lower()}")
