@@ -196,7 +196,7 @@ class VmFile(File):
     def _limit_vcpu_ids(self, limit: int) -> None:
         """KVM_CAP_MAX_VCPU_ID: once, and before the first vCPU."""
         with self.mutex:
-            if limit > _MAX_VCPU_IDS or self._vcpu_ids not in (0, limit):
+            if limit > _MAX_VCPU_IDS or limit < self.boot_cpu or self._vcpu_ids not in (0, limit):
                 raise Errno(errno.EINVAL)
             self._vcpu_ids = limit
 

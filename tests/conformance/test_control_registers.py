@@ -13,7 +13,7 @@ import pytest
 from kvmapi.exits import Hlt, Shutdown
 from tests.conformance.protected import ProtectedGuest
 from tests.conformance.rows import feature
-from tests.conformance.snippets import CODE, PML4, code
+from tests.conformance.snippets import CODE, PML4, LongGuest, code
 from tests.conformance.test_rings import RingGuest, lack
 
 REGISTERS = [
@@ -222,3 +222,15 @@ def test_a_page_fault_with_paging(any_host: Any, wide: bool) -> None:
             guest.put(0x40000, struct.pack("<I", 0x83) + bytes(0xFFC))
         assert guest.run() == Hlt() and guest.vector() == 14
         assert guest.frame().error == 2 and guest.vcpu.get_sregs().cr2 == 0x800123
+
+
+def test_et_is_always_set_for_the_guest(any_host: Any) -> None:
+    """A processor has it wired; KVM shows user space what that set, until the guest runs."""
+    with LongGuest(any_host, code("0f20c0 f4", "mov rax, cr0; hlt")) as guest:
+        if not feature(guest, "hardware virtualization"):
+            pytest.skip("paravirtual: the guest reads what was set")
+        sregs = guest.vcpu.get_sregs()
+        sregs.cr0 &= ~(1 << 4)
+        guest.vcpu.set_sregs(sregs)
+        assert guest.vcpu.get_sregs().cr0 == sregs.cr0
+        assert guest.run() == Hlt() and guest.regs().rax == guest.vcpu.get_sregs().cr0 == sregs.cr0 | 1 << 4

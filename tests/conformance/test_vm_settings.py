@@ -52,3 +52,12 @@ def test_bus_cycles(any_host: Any) -> None:
         with pytest.raises(KvmError) as refused:
             machine.vm.enable_cap(cap, 1)
         assert refused.value.errno == errno.EINVAL and machine.vm.check_extension(cap) == told
+
+
+def test_ids_end_behind_the_bootstrap_processors(any_host: Any) -> None:
+    with Machine(any_host) as machine:
+        assert set_boot_cpu(machine, 2) == 0
+        with pytest.raises(KvmError) as refused:
+            machine.vm.enable_cap(caps.KVM_CAP_MAX_VCPU_ID, 1)
+        assert refused.value.errno == errno.EINVAL
+        machine.vm.enable_cap(caps.KVM_CAP_MAX_VCPU_ID, 2)

@@ -82,7 +82,7 @@ class Cpu:
         self.exceptions = Exceptions(self)
         self.raise_in_guest, self.internal_error = self.exceptions.raise_in_guest, self.exceptions.internal_error
         self.stats = Stats("", OF_VCPU)
-        self.hides_et = False  # user space set CR0 without ET, and reads it so
+        self.hides_et = False  # user space set CR0 without ET, and reads it so until the guest runs
         self.refuses_entry = False  # a state that the processor does not enter the guest with
         self.intercepts: Intercepts | None = None  # of an SEV-ES guest: what raises #VC in it
         self.attention = False  # events or debugging want a look before the guest is entered
@@ -149,6 +149,7 @@ class Cpu:
     def go(self) -> int:
         """Run until the VMM is needed: KVM_RUN's result with the exit written, or KICKED."""
         mmu, physical, words = self.mmu, self.physical, self.registers.u64
+        self.hides_et = self.hides_et and self.intercepts is not None  # KVM sees CR0 as the processor has it, but of SEV-ES guests
         while True:
             if physical.generation != mmu.generation or physical.code_generation != self._code_generation:
                 self.catch_up()

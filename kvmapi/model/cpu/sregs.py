@@ -100,7 +100,7 @@ def _pack_segment(number: int, segment: Segment) -> bytes:
 
 
 def cr0(cpu: Cpu) -> int:
-    """CR0 as KVM has it: without ET, where user space set it so. A processor's ET is always set, and so is the guest's."""
+    """CR0 as KVM has it: without ET, where user space has just set it so. A processor's ET is always set, and so is the guest's."""
     return cpu.registers.cr(0) & ~(_CR0_ET if cpu.hides_et else 0)
 
 
