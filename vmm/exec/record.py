@@ -224,5 +224,6 @@ def _header(options: ExecOptions, limit: int, arguments: bool = True) -> dict[st
         "platform": asdict(options.machine),
         "dialect": options.dialect,
         "fallthrough": options.fallthrough,
+        "cpuid": "host" if options.host_cpuid else "model",
         "limit": limit,
     }
