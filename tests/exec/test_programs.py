@@ -13,7 +13,8 @@ from tests.exec.launching import Under
 pytestmark = [pytest.mark.gcc, pytest.mark.model]
 
 PLAIN = [
-    "plain", "threads", "signals", "fds", "fork", "fork exec", "rights", "races", "events", "maps", "wild", "paths", "gmem", "nodes", "forks",
+    "plain", "threads", "signals", "fds", "fork", "fork exec", "rights", "races", "events", "maps", "wild", "paths", "gmem",
+    "nodes", "forks",
 ]  # fmt: skip
 OTHER_FILES = [
     *(f"{what}: {call}" for what in ("kvm", "a VM", "a vCPU") for call in ("read", "write", "ftruncate", "fsync", "link")),
