@@ -11,10 +11,11 @@ import sys
 
 import pytest
 
-from kvmapi.model.caller import PAGE
+from kvmapi.model.caller import PAGE, Errno
 from vmm.exec import backing, copying, views
 from vmm.exec.maps import Area, Maps
 from vmm.exec.mirror import Mirror
+from vmm.exec.ram import Ram
 from vmm.exec.views import GRAIN, MIRROR, NOTHING, Paint, View
 
 
@@ -200,3 +201,21 @@ def test_special_mappings() -> None:
     assert Area(0, PAGE, 1, False, 0, 0, 0, PAGE, b"[vvar]").special
     assert not Area(0, PAGE, 1, False, 0, 0, 0, PAGE, b"[heap]").special
     assert views.UNKNOWN not in (NOTHING, MIRROR)
+
+
+def test_ram_of_a_process_that_has_ended() -> None:
+    """A vCPU that still runs finds zeros; nobody finds anything new."""
+    shared = mmap.mmap(-1, 4 * PAGE)
+    shared[:3] = b"abc"
+    at = ctypes.addressof(ctypes.c_char.from_buffer(shared))
+    ram = Ram(os.getpid())
+    assert ram.accessible(at, write=True)
+    pointer = ram.pointer(at, 4 * PAGE)
+    assert ctypes.string_at(pointer, 3) == b"abc"
+    ram.close()
+    assert ctypes.string_at(pointer, 3) == bytes(3)
+    ctypes.memset(pointer, 1, PAGE)
+    assert not ram.accessible(at, write=True) and not ram.pinnable(at, PAGE, False, False) and not ram.convertible(at, PAGE)
+    with pytest.raises(Errno):
+        ram.pointer(at, PAGE)
+    assert shared[:3] == b"abc"

@@ -76,6 +76,7 @@ class Maps:
         self._list: list[Area] | None = None
         self._lock = threading.Lock()
         self.generation = 0
+        self._closed = False
 
     def area(self, address: int) -> Area | None:
         """The mapping that holds `address`."""
@@ -112,13 +113,16 @@ class Maps:
             self._list = None
 
     def close(self) -> None:
-        """Give the file back."""
+        """Give the file back. Nothing is mapped any more."""
         with self._lock:
             if self._fd >= 0:
                 os.close(self._fd)
             self._fd = -1
+            self._closed = True
 
     def _open(self) -> int:
+        if self._closed:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         if self._fd < 0:
             self._fd = os.open(f"/proc/{self._tgid}/maps", os.O_RDONLY | os.O_CLOEXEC)
         return self._fd

@@ -48,6 +48,7 @@ class Ram:
         self._hidden: set[tuple[int, int]] = set()  # files that there is no way to
         self._rescues = 0
         self._generation = 0
+        self._closed = False
         self._conversion = threading.Lock()
         self._lock = threading.RLock()
         self._watch = Watch(self._maps, self._lock, self._moved)
@@ -231,18 +232,25 @@ class Ram:
             self._hidden.clear()
 
     def close(self) -> None:
-        """Give everything back. No pointer may be used any more."""
+        """The process has ended, or has another program. A vCPU may still be running, or an ioctl be at work: for them there
+        are zeros from now on, and the addresses are given back later.
+        """
         with self._lock:
-            for view in self._views:
-                view.close()
-            self._views.clear()
+            self._closed = True
+            gone, self._views = self._views, []
             self._checked.clear()
+            for view in gone:
+                with contextlib.suppress(OSError):
+                    view.blank()
         self._watch.close()
         self._maps.close()
         backings.reap()
+        views.bury(gone)
 
     # ---- views
     def _view(self, start: int, end: int) -> views.View:
+        if self._closed:
+            raise OSError(errno.ESRCH, os.strerror(errno.ESRCH))
         for view in self._views:
             if view.covers(start, end):
                 return view

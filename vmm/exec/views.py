@@ -14,7 +14,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import time
 from bisect import bisect_right
+from collections import deque
 from typing import NamedTuple
 
 from vmm.exec import sigbus
@@ -128,3 +130,19 @@ class View:
         """Give the address space back. Nobody may use a pointer any more."""
         sigbus.unregister(self._entry)
         _munmap(self._whole, self._whole_size)
+
+
+_GRACE = 10.0  # seconds
+_buried: deque[tuple[float, View]] = deque()
+
+
+def bury(gone: list[View]) -> None:
+    """Close views that somebody may still be using for a moment, when that moment is over: at a later call."""
+    now = time.monotonic()
+    _buried.extend((now, view) for view in gone)
+    while _buried and now - _buried[0][0] > _GRACE:
+        try:
+            _, view = _buried.popleft()
+        except IndexError:  # another thread was faster
+            return
+        view.close()
