@@ -31,6 +31,8 @@ _SET_SIZE = 128  # sizeof(sigset_t) of glibc and musl
 # Synchronous faults are not held back: blocked, they would end the process without a trace.
 _NEVER_BLOCKED = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGABRT)
 
+_IGNORED_BY_DEFAULT = sum(1 << number - 1 for number in (signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH))
+
 _libc = ctypes.CDLL(None)
 _set_mask = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(("pthread_sigmask", _libc))
 
@@ -106,7 +108,9 @@ class Inside:
 
     def _taken(self, status: dict[str, int], blocked: int) -> bool:
         blocked = self.mask if self.mask is not None else blocked
-        return (status.get("SigPnd", 0) | status.get("ShdPnd", 0)) & ~blocked & ~status.get("SigIgn", 0) != 0
+        # What is ignored can be pending all the same: where a signal is blocked, or its process traced.
+        ignored = status.get("SigIgn", 0) | (_IGNORED_BY_DEFAULT & ~status.get("SigCgt", 0))
+        return (status.get("SigPnd", 0) | status.get("ShdPnd", 0)) & ~blocked & ~ignored != 0
 
     def _waits_elsewhere(self, thread: int) -> bool:
         """Must the call that a thread of another process waits in end: a signal, its death, or a stop of its whole process,
@@ -135,7 +139,7 @@ def _status(path: str) -> dict[str, int]:
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             name, _, value = line.partition(":")
-            if name in ("SigPnd", "ShdPnd", "SigBlk", "SigIgn"):
+            if name in ("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt"):
                 found[name] = int(value, 16)
     return found
 
