@@ -1,6 +1,8 @@
 """What a user reads where the host forbids the supervisor: the setting that is missing, by name."""
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,36 @@ def test_yama(scope: str, words: str, tmp_path: Path) -> None:
 
 def test_without_yama(tmp_path: Path) -> None:
     assert "EPERM" in str(refusals.memory_refused(errno.EPERM, tmp_path / "absent"))
+
+
+_FORBID = """
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None)
+def op(code, yes, no, k): return struct.pack("<HBBI", code, yes, no, k)
+code = op(0x20, 0, 0, 0) + op(0x15, 0, 1, int(sys.argv[1])) + op(6, 0, 0, 0x50000 | int(sys.argv[2])) + op(6, 0, 0, 0x7FFF0000)
+text = ctypes.create_string_buffer(code)
+program = struct.pack("<H6xQ", 4, ctypes.addressof(text))
+libc.prctl(38, 1, 0, 0, 0)
+assert libc.prctl(22, 2, ctypes.c_char_p(program), 0, 0) == 0
+os.execv(sys.executable, [sys.executable, "-m", "vmm.cli", "exec", "--", "echo", "started"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "words"),
+    [
+        (317, errno.EPERM, "a seccomp filter around this process forbids seccomp user notification: EPERM"),
+        (317, errno.ENOSYS, "--security-opt seccomp=unconfined"),
+        (310, errno.EPERM, "the program's memory cannot be reached: EPERM"),
+        (310, errno.ENOSYS, "SYS_PTRACE"),
+    ],
+)
+def test_as_a_container_forbids_it(call: int, number: int, words: str, tree: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _FORBID, str(call), str(number)], cwd=tree, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 4
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("sevmm exec: this host cannot: ")
+    assert words in done.stderr

@@ -104,6 +104,11 @@ class Child:
         self._channel.close()
         return _FAILED.unpack(data)[1] if len(data) == _FAILED.size else None
 
+    def give_up(self) -> None:
+        """Before anybody answers: the program is not to start."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
     def ended(self, pid: int, status: int) -> None:
         """Somebody below us has ended."""
         if pid == self.pid:

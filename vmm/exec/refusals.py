@@ -7,6 +7,7 @@ containers' business). Facts: kernel/seccomp.c, Documentation/admin-guide/LSM/Ya
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -20,7 +21,7 @@ OLDEST = (5, 19)
 
 CONTAINERS = (
     "docker and podman: --security-opt seccomp=unconfined, or a profile that allows seccomp(2) and prctl(2);"
-    " Kubernetes: securityContext.seccompProfile.type: Unconfined; systemd: SystemCallFilter without ~@privileged, or with seccomp added"
+    " Kubernetes: securityContext.seccompProfile.type: Unconfined; systemd: a SystemCallFilter that lists seccomp"
 )
 _PTRACE = (
     "docker and podman: --cap-add SYS_PTRACE or --security-opt seccomp=unconfined; Kubernetes: securityContext.capabilities.add SYS_PTRACE"
@@ -58,6 +59,16 @@ def memory_refused(number: int, yama: Path = _YAMA) -> CannotExec:
     if scope == 2:
         return CannotExec("Yama lets only CAP_SYS_PTRACE reach a program's memory: sysctl kernel.yama.ptrace_scope=1, or run as root")
     return CannotExec(f"the program's memory cannot be reached: {errno_words(number)}; in a container, allow it: {_PTRACE}")
+
+
+def reach(child: int) -> int:
+    """0 if the memory of our `child`, which has not become another program yet, can be read; else the errno."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    here, there = ctypes.create_string_buffer(8), ctypes.create_string_buffer(8)
+    local = (ctypes.c_uint64 * 2)(ctypes.addressof(here), 8)
+    remote = (ctypes.c_uint64 * 2)(ctypes.addressof(there), 8)
+    done = libc.process_vm_readv(child, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+    return 0 if done == 8 or ctypes.get_errno() in (errno.ESRCH, errno.EFAULT) else ctypes.get_errno()
 
 
 def filtered(status: Path = _STATUS) -> bool:

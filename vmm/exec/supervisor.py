@@ -30,7 +30,7 @@ from vmm.exec.notify import Notification
 from vmm.exec.options import ExecOptions
 from vmm.exec.paths import Paths
 from vmm.exec.pool import Pool
-from vmm.exec.refusals import install_refused
+from vmm.exec.refusals import install_refused, memory_refused, reach
 from vmm.exec.tracer import Tracer
 
 if TYPE_CHECKING:
@@ -126,7 +126,10 @@ class Supervisor:
 
     # ---- the life
     def run(self) -> int:
-        """Until everybody has ended. The exit status."""
+        """Until everybody has ended. The exit status. Raises CannotExec where the program's memory is out of reach."""
+        if number := reach(self.child.pid):
+            self.child.give_up()
+            raise memory_refused(number)
         self.tracer.start()
         self.pool.start()
         failure = self.child.exec_failure()
