@@ -86,6 +86,22 @@ def test_a_new_image_begins_anew(build: Build, under: Under, faulting: None) -> 
     assert done.returncode == 3 and done.stdout == f"old {MODELS}\n"
 
 
+def test_children_by_vfork(build: Build, under: Under, faulting: None) -> None:
+    done = under.run(build("cpuid"), "spawn")
+    assert done.stdout == f"status 3\nmain {MODELS}\n", done.stderr
+
+
+def test_a_first_open_that_waits_is_made_again(build: Build, under: Under, faulting: None, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    process = under.start([build("cpuid", "-static"), "read", fifo])
+    with open(fifo, "wb", buffering=0) as writer:  # waits for the reader
+        writer.write(b"word")
+    out, err = process.communicate(timeout=20)
+    assert out.splitlines()[1:] == [f"main {MODELS}"] and "read 4 word" in out, out + err
+    under.nothing_left()
+
+
 def test_stops_stay_stops(build: Build, under: Under, faulting: None) -> None:
     process = under.start([build("cpuid"), "stop"])
     assert read_line(process) == f"before {MODELS}\n"

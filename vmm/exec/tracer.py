@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import mmap
 import os
 import queue
 import signal
@@ -49,7 +48,8 @@ _RESTARTS = (-512, -513, -514)  # a system call that an interruption ended befor
 _RESTART_BLOCK, _RESTART_SYSCALL = -516, 219
 _U32, _U64 = 0xFFFFFFFF, (1 << 64) - 1
 _NAME = b"/dev/kvm"
-_LARGEST = 1 << 30  # executables beyond are not looked into
+_LARGEST, _PIECE = 256 << 20, 1 << 20  # executables beyond are not looked into; read at once
+_SYSCALL = b"\x0f\x05"
 
 
 class Tracer:
@@ -118,7 +118,7 @@ class Tracer:
                     self._programs.clear()
                 known = self._programs[key] = 0 < status.st_size <= _LARGEST and _contains(fd, _NAME)
             return known
-        except (OSError, ValueError):
+        except OSError:
             return False
         finally:
             os.close(fd)
@@ -146,8 +146,11 @@ class Tracer:
             if not tid:
                 return True
             if os.WIFSTOPPED(status):
-                with contextlib.suppress(ProcessLookupError):  # killed while it was stopped
+                try:
                     self._stopped(tid, os.WSTOPSIG(status), status >> 16)
+                except OSError:  # most often: killed while it was stopped
+                    with contextlib.suppress(OSError):
+                        ptrace.request(ptrace.CONT, tid)
             else:
                 self._starting.pop(tid, None)
                 self._leaving.discard(tid)
@@ -175,6 +178,8 @@ class Tracer:
         """The first stop of a program: from here on its CPUID faults, and that of all it starts."""
         hold = Hold(tid)
         try:
+            if _bytes_at(tid, instruction, _SYSCALL_SIZE) != _SYSCALL:
+                raise OSError(errno.EFAULT, "no system call there any more")
             with hold.borrowed(tid):
                 result = hold.call(tid, instruction, _ARCH_PRCTL, _ARCH_SET_CPUID, 0)
             _restart(hold, tid)
@@ -226,8 +231,13 @@ class Tracer:
 
 
 def _contains(fd: int, what: bytes) -> bool:
-    with mmap.mmap(fd, 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE) as content:
-        return content.find(what) >= 0
+    """Read, not mapped: a file that shrinks meanwhile must not hurt us."""
+    tail = b""
+    while data := os.read(fd, _PIECE):
+        if what in tail + data:
+            return True
+        tail = data[1 - len(what) :]
+    return False
 
 
 def _bytes_at(tid: int, address: int, size: int) -> bytes:

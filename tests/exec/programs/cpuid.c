@@ -5,9 +5,12 @@
  *   cpuid exec PROGRAM    becomes another program
  *   cpuid stop            stops itself by SIGSTOP between two CPUIDs
  *   cpuid many            threads that come and go, each with its CPUIDs and a signal
+ *   cpuid read FILE       opens a file first of all, and waits there if it is a FIFO
+ *   cpuid spawn           runs a shell by vfork
  *   cpuid wait            children whose end is told by a pidfd and who can be waited for at once
  */
 #include <cpuid.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <setjmp.h>
@@ -79,6 +82,14 @@ int main(int argc, char **argv)
 		fflush(stdout);
 		raise(SIGSTOP);
 		show("after");
+	} else if (!strcmp(what, "read")) {
+		char word[8] = "";
+		int fd = open(argv[2], O_RDONLY);
+		printf("fd %d, read %zd %s\n", fd, read(fd, word, 7), word);
+		show("main");
+	} else if (!strcmp(what, "spawn")) {
+		printf("status %d\n", WEXITSTATUS(system("exit 3")));
+		show("main");
 	} else if (!strcmp(what, "many")) {
 		signal(SIGUSR1, count);
 		for (int round = 0; round < 5; round++) {
