@@ -91,10 +91,21 @@ def test_children_by_vfork(build: Build, under: Under, faulting: None) -> None:
     assert done.stdout == f"status 3\nmain {MODELS}\n", done.stderr
 
 
+def _waits_traced(pid: int) -> bool:
+    """Is the only child of `pid` followed, and asleep in a call of its own (not in one that is held: that is state D)?"""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()
+    if not children:
+        return False
+    rows = dict(line.split(":", 1) for line in Path(f"/proc/{children[0]}/status").read_text(encoding="ascii").splitlines())
+    return rows["State"].split()[0] == "S" and rows["TracerPid"].strip() != "0"
+
+
 def test_a_first_open_that_waits_is_made_again(build: Build, under: Under, faulting: None, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     process = under.start([build("cpuid", "-static"), "read", fifo])
+    while not _waits_traced(process.pid):
+        os.sched_yield()
     with open(fifo, "wb", buffering=0) as writer:  # waits for the reader
         writer.write(b"word")
     out, err = process.communicate(timeout=20)
