@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,7 +105,9 @@ def test_a_first_open_that_waits_is_made_again(build: Build, under: Under, fault
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     process = under.start([build("cpuid", "-static"), "read", fifo])
+    limit = time.monotonic() + 20
     while not _waits_traced(process.pid):
+        assert process.poll() is None and time.monotonic() < limit, process.communicate()
         os.sched_yield()
     with open(fifo, "wb", buffering=0) as writer:  # waits for the reader
         writer.write(b"word")
