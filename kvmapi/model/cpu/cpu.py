@@ -32,7 +32,7 @@ from kvmapi.model.cpu.hypercalls import Hypercalls
 from kvmapi.model.cpu.mmio import MmioUnit, scratch_page
 from kvmapi.model.cpu.mmu import Fault, Mmu
 from kvmapi.model.cpu.msrs import Msrs
-from kvmapi.model.cpu.native import Native, TlbFill
+from kvmapi.model.cpu.native import Native
 from kvmapi.model.cpu.policy import ExitPolicy
 from kvmapi.model.cpu.privileged import Privileged
 from kvmapi.model.cpu.refusals import Refusals
@@ -92,7 +92,6 @@ class Cpu:
         self.event = -1  # the exception that the engine reported last
         self.stepped = False  # was it the stepper that ran last?
         self._code_generation = physical.code_generation
-        self.native.hook_tlb_fill(TlbFill(self.mmu.fill))
         self.native.hook_interrupts(self._interrupted)
         self.reason = ""  # why the last internal error, in words
 

@@ -26,6 +26,7 @@ access whose C-bit or attribute says private: `Physical.locate` has the one rule
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,8 @@ from unicorn import unicorn_const as uc
 
 from kvmapi.model.caller import PAGE
 from kvmapi.model.cpu import layout
-from kvmapi.model.cpu.native import TlbEntry
+from kvmapi.model.cpu.extents import Extents
+from kvmapi.model.cpu.native import TlbEntry, TlbFill
 from kvmapi.model.cpu.paging import GP_VECTOR, PF_VECTOR, Fault, Mapping, Paging
 from kvmapi.model.cpu.shadow import Shadow, Shadows
 from kvmapi.model.mem.physical import Refused
@@ -116,6 +118,9 @@ class Mmu:
         self._refused: tuple[tuple[int, int, bool, bool], Shadow, Mapping] | None = None  # the conversion that a backing refused last
         self._stores: set[int] = set()  # pages, as our process sees them, that some TLB entry may let the guest store to unseen
         self._slots: dict[int, TlbEntry] = {}  # views of where the engine wants the answer
+        self._callback = TlbFill(self.fill)
+        self._extents = Extents(native.state, where.efer, ctypes.cast(self._callback, ctypes.c_void_p).value or 0)
+        native.hook_tlb_fill(self._extents.function(), self._extents.block)
 
     # ---- 1. look-up on fault
     def fill(self, _uc: int, va: int, kind: int, entry: int, _data: int) -> bool:
@@ -201,6 +206,8 @@ class Mmu:
             slot.perms = uc.UC_PROT_READ
         if physical.generation == before:
             self._shadows.remember(self._shadow, va, mapping, storable, address, pointer)
+            if not fetch:
+                self._extents.seen(va, mapping, shadow.paging, physical, self._code)
 
     # Writable and executable entries never stand in the TLB for one page, whatever addresses it has.
     def _stored(self, pointer: int) -> None:
@@ -212,9 +219,10 @@ class Mmu:
 
     def _fetched(self, va: int, gfn: int, pointer: int, address: int) -> None:
         """An executable entry is about to be made."""
-        if pointer in self._stores or len(self._stores) > _MAX_STORES:
+        if pointer in self._stores or len(self._stores) > _MAX_STORES or self._extents.holds(pointer):
             self._native.flush_tlb()
             self._stores.clear()
+            self._extents.clear()
         self._on_fetch(va, gfn, pointer, address)
 
     def _drop_all(self) -> None:
@@ -228,6 +236,7 @@ class Mmu:
     def _switch(self) -> None:
         u64 = self._u64
         self._shadow = self._shadows.switch(u64[_CR0], u64[_CR3], u64[_CR4], u64[self._efer], self.c_mask, self.max_phys_bits)
+        self._extents.switch(u64[_CR0], u64[_CR3], u64[_CR4], u64[self._efer])
 
     # ---- 5. throwing away
     def catch_up(self) -> bool:
@@ -235,6 +244,7 @@ class Mmu:
         if self.physical.generation == self.generation:
             return False
         physical = self.physical
+        self._extents.clear()
         if self.generation >= physical.flushed:
             for generation, first, end in physical.voids:
                 if generation > self.generation:

@@ -240,9 +240,10 @@ class Native:
         self._check(error, "add a hook")
         return handle.value
 
-    def hook_tlb_fill(self, callback: object) -> None:
+    def hook_tlb_fill(self, callback: object, data: int = 0) -> None:
+        """`callback`: a TlbFill, or the address of machine code."""
         self._callbacks.append(callback)
-        self._hook(uc.UC_HOOK_TLB_FILL, callback, 0, 1, 0)
+        self._hook(uc.UC_HOOK_TLB_FILL, _ptr(callback) if isinstance(callback, int) else callback, data, 1, 0)
 
     def hook_interrupts(self, function: Callable[[int, int, int], None]) -> None:
         callback = Interrupt(function)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvmapi.model.caller import PAGE
 from kvmapi.model.dialects.memfd import Binding
-from kvmapi.model.mem.physical import EncryptedPhysical, Physical, ProtectedPhysical, Refused, Window, mark_dirty
+from kvmapi.model.mem.physical import EncryptedPhysical, Physical, ProtectedPhysical, Refused, Stretch, Window, mark_dirty
 
 if TYPE_CHECKING:
     from kvmapi.model.attributes import PrivateSet
@@ -34,6 +34,9 @@ class PrivateSlots(Physical):
 
     rule: Rule
     vm: DialectVm
+
+    def stretch(self, gfn: int) -> Stretch | None:
+        return None  # the rule is asked for each page
 
     def locate(self, gfn: int, encrypted: bool, write: bool) -> tuple[Window, int, bool]:
         slot = self.slots.find(gfn)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _WINDOW_ALIGN = 1 << 30
 _FEW_PAGES, _MAX_VOIDS = 64, 64  # what is noted page by page: more is a flush
 _MAX_TABLES = 4096  # pages of guest tables with a view of their own
+_STRETCH = 511  # pages to each side of one that `stretch` looks at
 _TOP = 1 << 51  # end of the engine's physical addresses that windows may have
 
 
@@ -56,6 +57,10 @@ class Window:
     size: int
     pointer: int
     owner: object
+
+
+Stretch = tuple[int, int, int, int, "Slot"]
+"""[first GFN, end), the engine's address of the first page and where our process sees it, and the slot."""
 
 
 def mark_dirty(slot: Slot, gfn: int) -> None:
@@ -141,6 +146,24 @@ class Physical:
     def leave(self) -> None:
         """A vCPU leaves."""
         self.memory.leave()
+
+    def stretch(self, gfn: int) -> Stretch | None:
+        """The memory around a page that any access may use unasked, as far as 511 pages to each side; None where there is no such."""
+        slot = self.slots.find(gfn)
+        if slot is None or slot.readonly or (slot.gmem is not None and slot.gmem.mappable):
+            return None
+        window = self.windows.get(id(slot.backing_key))
+        first, end = max(slot.gfn, gfn - _STRETCH), min(slot.gfn + slot.pages, gfn + _STRETCH + 1)
+        page = slot.hva_of(first) // PAGE
+        if window is None or self._writable.range_cardinality(page, page + end - first) != end - first:
+            return None
+        offset = (first - slot.gfn) * PAGE
+        return first, end, window.base + offset, window.pointer + offset, slot
+
+    def is_plain_table(self, gpa: int) -> bool:
+        """May accessed and dirty bits be set in the table at `gpa` by whoever finds it through `words`?"""
+        slot = self.slots.find(gpa // PAGE)
+        return slot is not None and not slot.readonly and slot.dirty is None and slot.hva_of(gpa // PAGE) // PAGE in self._writable
 
     # ---- pieces
     def _slot(self, gfn: int, write: bool) -> Slot:
@@ -264,6 +287,9 @@ class ProtectedPhysical(Physical):
         super().__init__(slots, memory)
         self.private = private
 
+    def stretch(self, gfn: int) -> Stretch | None:
+        return None  # each page has an attribute
+
     def locate(self, gfn: int, encrypted: bool, write: bool) -> tuple[Window, int, bool]:
         if gfn not in self.private:
             shared = self._slot(gfn, write)
@@ -300,6 +326,9 @@ class EncryptedPhysical(Physical):
         self._raw_pages.clear()
         if self.secure is not None:
             self.secure.translations_gone()
+
+    def stretch(self, gfn: int) -> Stretch | None:
+        return super().stretch(gfn) if self.secure is None else None
 
     def locate(self, gfn: int, encrypted: bool, write: bool) -> tuple[Window, int, bool]:
         secure = self.secure
