@@ -99,6 +99,9 @@ class Memory(Protocol):
     def watch(self, vm: Stoppable) -> None:
         """Guests of this VM use the memory: it is paused for a moment whenever `changes` grows."""
 
+    def unwatch(self, vm: Stoppable) -> None:
+        """The VM is gone, and with it all that it had of `pointer`."""
+
     def enter(self) -> None:
         """A guest is about to use this memory through `pointer`."""
 
@@ -199,6 +202,9 @@ class OwnMemory(ProcessMemory):
 
     def watch(self, vm: Stoppable) -> None:
         """Nothing to do: changes are not noticed."""
+
+    def unwatch(self, vm: Stoppable) -> None:
+        """Nothing to do."""
 
     def enter(self) -> None:
         """Nothing to do: the guest uses the very memory."""

@@ -119,6 +119,7 @@ class VmFile(File):
         for slot in self.slots.all():
             if slot.gmem is not None:
                 slot.gmem.unbind(slot)
+        self.memory.unwatch(self)
 
     # ---- for the other files of this VM
     @contextmanager

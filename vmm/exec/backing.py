@@ -32,6 +32,8 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _fallocate = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, use_errno=True)(
     ("fallocate", ctypes.CDLL(None, use_errno=True))
 )
+_syscall = ctypes.CDLL(None, use_errno=True).syscall
+_SYS_PIDFD_GETFD = 438
 _all: dict[tuple[int, int], Backing] = {}
 _lock = threading.Lock()
 
@@ -134,8 +136,16 @@ def _reopened(fd: int) -> int:
 def file_of(tgid: int, device: int, inode: int, start: int, end: int, name: bytes) -> tuple[int, bool] | None:
     """An fd of ours for the file that `tgid` has mapped shared at [start, end), and whether it may be written; None when
     there is no way to it. The caller closes it.
+
+    A copy of the process's own fd is best: one of the model's files is closed when the last open of it is, and an open of
+    ours would be taken for one of the program's.
     """
-    for path in (*_open_files(tgid, device, inode, name), f"/proc/{tgid}/map_files/{start:x}-{end:x}"):
+    paths = _open_files(tgid, device, inode, name)
+    for path in paths:
+        fd = _copied(tgid, int(path.rpartition("/")[2]), inode)
+        if fd is not None:
+            return fd, True
+    for path in (*paths, f"/proc/{tgid}/map_files/{start:x}-{end:x}"):
         for flags in (os.O_RDWR, os.O_RDONLY):
             with contextlib.suppress(OSError):
                 if stat.S_ISREG(os.stat(path).st_mode):  # opening a device could do anything
@@ -143,6 +153,24 @@ def file_of(tgid: int, device: int, inode: int, start: int, end: int, name: byte
                     if os.fstat(fd).st_ino == inode:
                         return fd, flags == os.O_RDWR
                     os.close(fd)
+    return None
+
+
+def _copied(tgid: int, number: int, inode: int) -> int | None:
+    """Our copy of a process's fd, if it is that file, open for reading and writing."""
+    try:
+        pidfd = os.pidfd_open(tgid)
+    except OSError:
+        return None
+    fd = int(_syscall(_SYS_PIDFD_GETFD, pidfd, ctypes.c_int(number), 0))
+    os.close(pidfd)
+    if fd < 0:
+        return None
+    os.set_inheritable(fd, False)
+    status = os.fstat(fd)
+    if status.st_ino == inode and stat.S_ISREG(status.st_mode) and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR:
+        return fd
+    os.close(fd)
     return None
 
 

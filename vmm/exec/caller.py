@@ -10,9 +10,10 @@ import contextlib
 import ctypes
 import errno
 import os
+import threading
 from typing import TYPE_CHECKING
 
-from kvmapi.model.caller import Errno, EventFd, ProcessMemory, held_eventfd
+from kvmapi.model.caller import Errno, EventFd, ProcessMemory, Stoppable, held_eventfd
 from kvmapi.model.files import File, Foreign
 from vmm.exec.ram import Ram
 
@@ -38,7 +39,8 @@ class RemoteMemory(ProcessMemory):
         self.reach = self.ram.reach
         self.enter = self.ram.enter
         self.leave = self.ram.leave
-        self.watch = self.ram.watch
+        self._users = 1  # the process, and every VM whose guests may still use what `pointer` said
+        self._lock = threading.Lock()
 
     def _copy(self, function: object, local: int, address: int, size: int) -> int:
         done = super()._copy(function, local, address, size)
@@ -47,6 +49,26 @@ class RemoteMemory(ProcessMemory):
                 self._pid = next(int(tid) for tid in os.listdir(f"/proc/{self._pid}/task") if int(tid) != self._pid)
                 done = super()._copy(function, local, address, size)
         return done
+
+    def watch(self, vm: Stoppable) -> None:
+        """A VM whose guests use the memory."""
+        with self._lock:
+            self._users += 1
+        self.ram.watch(vm)
+
+    def unwatch(self, vm: Stoppable) -> None:
+        """It is gone. What was mapped here stays until the last user has gone: a vCPU may still be running when its process
+        has been killed, or has become another program.
+        """
+        self.retire()
+
+    def retire(self) -> None:
+        """One user less: a VM, or the process itself, which has ended or has another image now."""
+        with self._lock:
+            self._users -= 1
+            last = not self._users
+        if last:
+            self.ram.close()
 
     @property
     def changes(self) -> int:
@@ -69,7 +91,7 @@ class Process:
     def close(self) -> None:
         """The process has ended, or has another image now."""
         os.close(self.pidfd)
-        self.memory.ram.close()
+        self.memory.retire()
 
     def fd(self, number: int) -> int:
         """A copy, here, of the process's fd. Errno(EBADF): nothing is open there."""

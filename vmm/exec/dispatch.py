@@ -41,6 +41,7 @@ _REGIONS = (ioctls.KVM_SET_USER_MEMORY_REGION, ioctls.KVM_SET_USER_MEMORY_REGION
 _REGION = struct.Struct("<IIQQQ")
 _BY_PATH_ALONE = frozenset((calls.OPEN, calls.ACCESS, calls.STAT, calls.LSTAT, calls.READLINK))  # the others have a directory first
 _FD_LINK = re.compile(rb"(?:/proc/(self|thread-self|[0-9]{1,9})(?:/task/[0-9]+)?|/dev)/fd/([0-9]{1,9})")
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)  # ours, and as good as the kernel's
 _U32 = 0xFFFFFFFF
 _AT_FDCWD = -100 & _U32
 
@@ -53,6 +54,7 @@ class Dispatcher:
     def __init__(self, supervisor: Supervisor, paths: Paths) -> None:
         self._up = supervisor
         self._files = supervisor.files
+        self._processes = supervisor.processes
         self._listener = supervisor.listener
         self._paths = paths
         self._proceed = supervisor.listener.proceed
@@ -82,6 +84,10 @@ class Dispatcher:
             self._answer(notification, -failure.number)
         except ProcessLookupError:  # killed meanwhile
             self._answer(notification, -errno.ESRCH)
+        except OSError as failure:
+            if failure.errno not in _SHORTAGES:
+                self._up.internal_error()
+            self._answer(notification, -(failure.errno or errno.EIO))
         except Exception:
             self._up.internal_error()
             self._answer(notification, -errno.EIO)
@@ -224,14 +230,14 @@ class Dispatcher:
 
     # ---- fds
     def _call(self, n: Notification) -> Call:
-        return Call(self._listener, self._files, self._up.process_of(n.tid), n.id, n.tid, n.ip)
+        return Call(self._listener, self._files, self._processes.sure(n.tid), n.id, n.tid, n.ip)
 
     def _find(self, n: Notification, fd: int) -> tuple[Process, Entry | None]:
-        process = self._up.process_of(n.tid)
+        process = self._processes.of(n.tid)
         try:
             return process, self._files.look_up(process.tgid, n.tid, fd & _U32)
         except ProcessLookupError:  # its number belongs to another process now
-            process = self._up.process_of(n.tid, again=True)
+            process = self._processes.sure(n.tid)
             return process, self._files.look_up(process.tgid, n.tid, fd & _U32)
 
     def _ioctl(self, n: Notification) -> None:
@@ -341,7 +347,7 @@ class Dispatcher:
 
     # ---- the address space
     def _madvise(self, n: Notification) -> None:
-        process = self._up.known(n.tid)
+        process = self._processes.known(n.tid)
         advice = n.a2 & _U32
         if process is None:
             self._proceed(n.id)
@@ -368,7 +374,7 @@ class Dispatcher:
         return None
 
     def _mremap(self, n: Notification) -> None:
-        process = self._up.known(n.tid)
+        process = self._processes.known(n.tid)
         if process is not None:
             process.memory.ram.forget()
         self._proceed(n.id)

@@ -66,6 +66,7 @@ class Child:
         if self.pid == 0:
             ours.close()
             self._become(argv, filter_code, theirs)
+        self._more_fds()
         theirs.close()
         self._channel = ours
         message, fds, _, _ = socket.recv_fds(ours, _FAILED.size, 1)
@@ -74,6 +75,12 @@ class Child:
             raise InstallError(_FAILED.unpack(message)[1] if len(message) == _FAILED.size else errno.EIO)
         os.set_inheritable(fds[0], False)
         self.listener = notify.Listener(fds[0])
+
+    @staticmethod
+    def _more_fds() -> None:
+        """We have fds for all that the program and its children have: as many as we may."""
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
     def _become(self, argv: Sequence[str], filter_code: bytes, channel: socket.socket) -> None:
         """In the child. From the filter on nothing may be opened before somebody listens."""

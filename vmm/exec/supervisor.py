@@ -30,6 +30,7 @@ from vmm.exec.notify import Notification
 from vmm.exec.options import ExecOptions
 from vmm.exec.paths import Paths
 from vmm.exec.pool import Pool
+from vmm.exec.processes import Processes
 from vmm.exec.refusals import install_refused, memory_refused, reach
 from vmm.exec.tracer import Tracer
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 _GUARDED_PART = 4  # the last quarter of the fd table is where guarded fds stand
 _LARGEST_TABLE = 4096
-_MANY_PROCESSES = 64
+_MANY_FRESH = 4096
 _PR_SET_DUMPABLE = 4
 
 
@@ -101,10 +102,7 @@ class Supervisor:
         self.fallthrough = self._kernel() if options.fallthrough else None
         self.fresh: set[int] = set()  # threads whose new program image has not asked anything yet
         self._local = _Local()
-        self._processes: dict[int, Process] = {}
-        self._groups: dict[int, int] = {}  # tid -> tgid
         self._in_call: set[int] = set()
-        self._lock = threading.Lock()
         try:
             self.child = launch.Child(options.argv, calls.program(high))
         except launch.InstallError as failure:
@@ -112,6 +110,7 @@ class Supervisor:
         _close_to_others()
         self.listener = self.child.listener
         self.tracer = Tracer(partial(cpuid.seen, self.platform.host_cpuid, cpuid.native), self.child.ended, self._explain)
+        self.processes = Processes(lambda tgid: Process(tgid, self.tracer))
         self._dispatch = Dispatcher(self, Paths(self.platform))
         self.pool = Pool(self.listener, self._handle)
 
@@ -131,6 +130,7 @@ class Supervisor:
             self.child.give_up()
             raise memory_refused(number)
         self.tracer.start()
+        self.processes.start()
         self.pool.start()
         failure = self.child.exec_failure()
         status = self.child.wait(self.tracer.reap, self._still_running, WATCHER.job_continued)
@@ -175,48 +175,12 @@ class Supervisor:
         """The memory of a thread that waits in a call, for a short look."""
         return self._local.memory.at(tid)
 
-    def process_of(self, tid: int, *, again: bool = False) -> Process:
-        """Whose thread it is. `again`: what we remembered was wrong. ProcessLookupError: it has ended."""
-        process = None if again else self._processes.get(self._groups.get(tid, 0))
-        return process or self._look_at(tid)
-
-    def known(self, tid: int) -> Process | None:
-        """The same, for a process that has used the model before; None for others."""
-        process = self._processes.get(self._groups.get(tid, 0))
-        if process is None or not os.path.exists(f"/proc/{process.tgid}/task/{tid}"):
-            return None
-        return process
-
-    def _look_at(self, tid: int) -> Process:
-        tgid = _group_of(tid)
-        with self._lock:
-            self._groups[tid] = tgid
-            process = self._processes.get(tgid)
-            if process is None:
-                if len(self._processes) >= _MANY_PROCESSES:
-                    self._forget_dead()
-                process = self._processes[tgid] = Process(tgid, self.tracer)
-            return process
-
-    def _forget_dead(self) -> None:
-        for tgid in list(self._processes):
-            if not os.path.exists(f"/proc/{tgid}"):
-                self._drop(tgid)
-
-    def _drop(self, tgid: int) -> None:
-        process = self._processes.pop(tgid, None)
-        for tid in [tid for tid, group in self._groups.items() if group == tgid]:
-            self._groups.pop(tid, None)
-        if process is not None:
-            process.close()
-
     def new_image(self, tid: int) -> None:
         """The process is about to become another program: its memory, as we know it, ends."""
-        with contextlib.suppress(OSError):
-            tgid = _group_of(tid)
-            with self._lock:
-                self._drop(tgid)
-            self.fresh.add(tid)
+        self.processes.forget(tid)
+        self.fresh.add(tid)
+        if len(self.fresh) > _MANY_FRESH:
+            self.fresh = {one for one in self.fresh if os.path.exists(f"/proc/{one}")}
 
     def image_starts(self, notification: Notification) -> None:
         """The first call of a new program image."""
@@ -279,18 +243,6 @@ class Supervisor:
         self.say_once(f"internal error, answered EIO: {kind.__name__ if kind else ''}: {failure}")
         if os.environ.get("SEVMM_DEBUG"):
             traceback.print_exc()
-
-
-def _group_of(tid: int) -> int:
-    """The process that a thread belongs to. ProcessLookupError: it has ended."""
-    try:
-        with open(f"/proc/{tid}/status", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                if line.startswith("Tgid:"):
-                    return int(line.split()[1])
-    except OSError:
-        raise ProcessLookupError from None
-    raise ProcessLookupError
 
 
 def _close_to_others() -> None:
