@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ from tests.conformance.paging_words import (
     offered,
     supervisor_only,
 )
-from tests.conformance.snippets import CODE, DATA, MIB, PAGE, code
+from tests.conformance.snippets import ALIAS, CODE, DATA, GDT, IDT, MIB, PAGE, PD_ALIAS, STACK, STUBS, TSS, LongGuest, code
 
 # ---- what entries point to
 
@@ -287,3 +288,22 @@ def test_without_paging_addresses_are_physical(any_host: Any) -> None:
         assert guest.touch(WRITE, TARGET + 4, reload=False, value=0x34333231) is None and guest.get(TARGET + 4, 4) == b"1234"
         assert guest.touch(READ, guest.va, reload=False) == Mmio(guest.va, 4, False, b"")
         assert guest.vcpu.translate(0x12345678) == 0x12345678
+
+
+def test_the_address_of_a_fault_after_other_tables_were_loaded(any_host: Any) -> None:
+    """Nothing that ran under the old tables is there any more: not its instructions either, which an engine may look for."""
+    text = code("0f22d8 488b1f f4", "mov cr3, rax; mov rbx, [rdi]; hlt")
+    undefined = bytes.fromhex("f00fa3c0")  # lock bt eax, eax: an engine that cannot bear it looks out for it
+    with LongGuest(any_host, code("e610 f4", "out 0x10, al; hlt") + undefined) as guest:
+        assert isinstance(guest.run(), Io)
+        other = 0x40000
+        guest.put(other, struct.pack("<Q", other + 0x1003))
+        guest.put(other + 0x1000, struct.pack("<2Q", 0, PD_ALIAS | 3))
+        guest.put(CODE + 0x1000, text)
+        guest.set_gate(14, ALIAS + STUBS + 16 * 14)
+        sregs = guest.vcpu.get_sregs()
+        sregs.idt.base, sregs.gdt.base, sregs.tr.base = ALIAS + IDT, ALIAS + GDT, ALIAS + TSS
+        guest.vcpu.set_sregs(sregs)
+        for address in (0x123450, (1 << 31) + 0x678):
+            found = guest.again(rip=ALIAS + CODE + 0x1000, rsp=ALIAS + STACK, rax=other, rdi=address)
+            assert (found, guest.regs().rip - 1, guest.vcpu.get_sregs().cr2) == (Hlt(), ALIAS + STUBS + 16 * 14, address)

@@ -219,7 +219,7 @@ class Cpu:
 
     def fault_address(self) -> int:
         """The address of the access that was refused last."""
-        return self.stepper.fault_address() if self.stepped else self.native.fault_address(self.where.invalid_addr)
+        return self.stepper.fault_address() if self.stepped else self.mmu.fault_address()
 
     def after_step(self, error: int) -> int | None:
         """Deal with what a single step ran into; None when it was executed, or when the guest goes on in a handler."""

@@ -104,7 +104,7 @@ class Mmu:
         self._memory = EngineMemory(native, physical, scratch)
         self._u32 = native.state[: len(native.state) & -4].cast("I")
         self._u64 = native.state[: len(native.state) & -8].cast("Q")
-        self._efer = where.efer >> 3
+        self._efer, self._invalid_addr = where.efer >> 3, where.invalid_addr
         self.physical = physical
         self._on_fetch = on_fetch
         self.fetching = False  # what the access was for that `fault` tells of
@@ -112,6 +112,7 @@ class Mmu:
         self.c_mask = 0  # 1 << C-bit in an encrypted guest
         self.max_phys_bits = 48
         self.fault: Exception | None = None
+        self._kept: tuple[Exception, int] | None = None  # a fault and its address, which the engine has forgotten since
         self.generation = -1  # of `physical`, at the last flush
         self._shadows = Shadows()
         self._shadow = self._shadows.switch(0, 0, 0, 0, 0, self.max_phys_bits)
@@ -153,11 +154,20 @@ class Mmu:
                     break
                 self._drop_all()
         except Exception as why:  # nothing may be raised through the engine's C frames: the run loop sorts it out
-            if self.fault is None:  # after a run the engine looks for code at exits: what that meets is nothing
+            if self.fault is None:
                 self.fetching, self.refused_page = kind == uc.UC_MEM_FETCH, va
                 self.fault = why
+            elif self._kept is None or self._kept[0] is not self.fault:
+                # After a run the engine looks for code at exits: what that meets is nothing, but the engine remembers it instead.
+                self._kept = self.fault, self._native.fault_address(self._invalid_addr)
             return False
         return True
+
+    def fault_address(self) -> int:
+        """The address of the access that was refused with `fault`."""
+        if self._kept is not None and self._kept[0] is self.fault:
+            return self._kept[1]
+        return self._native.fault_address(self._invalid_addr)
 
     def _slot(self, address: int) -> TlbEntry:
         """The engine's answer slot. It stands on the C stack, at one of a few addresses."""
