@@ -12,7 +12,7 @@ from kvmapi.abi import ioctls, kvm
 from kvmapi.abi import vcpu as v
 from kvmapi.exits import Debug, Hlt, Io
 from tests.conformance.rows import feature
-from tests.conformance.snippets import CODE, DATA, STACK, LongGuest, RealGuest, code
+from tests.conformance.snippets import CODE, DATA, HOLE, STACK, LongGuest, RealGuest, code
 
 HLT = code("f4", "hlt")
 ON, STEP = kvm.KVM_GUESTDBG_ENABLE, kvm.KVM_GUESTDBG_ENABLE | kvm.KVM_GUESTDBG_SINGLESTEP
@@ -328,3 +328,13 @@ def test_debug_registers_are_read(any_host: Any) -> None:
         guest.vcpu.set_debugregs(state)
         guest.run()
         assert guest.regs().rax == 0x123456789A
+
+
+def test_a_step_to_where_nothing_is(any_host: Any) -> None:
+    """The jump is done and told; that nothing can be fetched there is the next step's matter."""
+    with LongGuest(any_host, code("ffe0", "jmp rax")) as guest:
+        guest.regs(rax=HOLE + 0x10)
+        guest.vcpu.set_guest_debug(STEP)
+        assert steps(guest, 1) == [HOLE + 0x10 - CODE]
+        guest.vcpu.set_guest_debug(0)
+        assert guest.run() == Hlt() and guest.vector() == 14 and guest.vcpu.get_sregs().cr2 == HOLE + 0x10

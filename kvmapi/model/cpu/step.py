@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 
 from unicorn import unicorn_const as uc
 
+from kvmapi.model.caller import PAGE
 from kvmapi.model.cpu import stubs
+from kvmapi.model.cpu.lengths import MAX_LENGTH
 from kvmapi.model.cpu.mmu import SCRATCH_AT, EngineMemory
 from kvmapi.model.cpu.native import Native, TlbEntry, TlbFill
 
@@ -38,6 +40,8 @@ class Stepper:
         self._scratch_gpa = -1
         self.system = False
         self._stored = False
+        self._pages: frozenset[int] = frozenset()  # where the instruction stands
+        self._went_on = False
         self._generation = -1
 
     def destroy(self) -> None:
@@ -80,11 +84,15 @@ class Stepper:
         if watch is not None:
             hook, _callback = native.hook_memory(watch)
             hooks.append(hook)
+        rip = cpu.registers.linear_rip
+        self._pages = frozenset((rip & -PAGE, rip + MAX_LENGTH - 1 & -PAGE))
+        self._went_on = False
         try:
-            return native.start(cpu.registers.rip)
+            error = native.start(cpu.registers.rip)
         finally:
             for hook in hooks:
                 native.unhook(hook)
+        return uc.UC_ERR_OK if self._went_on and cpu.mmu.fault is None else error
 
     def commit(self, *, flush: bool = True) -> None:
         """The instruction counts: its registers become the vCPU's. `flush`: it may have changed translation."""
@@ -125,6 +133,9 @@ class Stepper:
             slot.perms = uc.UC_PROT_READ | (uc.UC_PROT_EXEC if fetch else uc.UC_PROT_WRITE if write else 0)
             self._stored |= write
         except Exception as why:  # nothing may be raised through the engine's C frames
+            if fetch and va & -PAGE not in self._pages:  # the instruction is done: what comes next is not ours to judge
+                self._went_on = True
+                return False
             mmu.fetching, mmu.refused_page = fetch, va
             mmu.fault = why
             return False
