@@ -27,7 +27,8 @@ from kvmapi.model.files import File
 from kvmapi.model.guest_memfd import GuestMemfdFile, supported_flags
 from kvmapi.model.irq.vm import VmInterrupts
 from kvmapi.model.lock import EngineLock
-from kvmapi.model.mem.physical import EncryptedPhysical, Physical, ProtectedPhysical
+from kvmapi.model.mem.physical import Physical
+from kvmapi.model.mem.private import EncryptedPhysical, ProtectedPhysical
 from kvmapi.model.memslots import Memslots, Request, Slot
 from kvmapi.model.msr_filter import MsrFilter
 from kvmapi.model.platform import MAX_VCPUS, SEV_TYPES, Platform, has_private_memory, has_protected_state

@@ -38,7 +38,8 @@ from kvmapi.model.cpu.privileged import Privileged
 from kvmapi.model.cpu.refusals import Refusals
 from kvmapi.model.cpu.state import Registers
 from kvmapi.model.cpu.step import Stepper, Watch
-from kvmapi.model.mem.physical import EncryptedPhysical, Physical, Refused
+from kvmapi.model.mem.physical import Physical, Refused
+from kvmapi.model.mem.private import EncryptedPhysical
 from kvmapi.model.runpage import IMMEDIATE_EXIT, RunPage
 from kvmapi.model.stats import EXITS, OF_VCPU, Stats
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from kvmapi.model.caller import PAGE
 from kvmapi.model.dialects.memfd import Binding
-from kvmapi.model.mem.physical import EncryptedPhysical, Physical, ProtectedPhysical, Refused, Stretch, Window, mark_dirty
+from kvmapi.model.mem.physical import Physical, Refused, Stretch, Window, mark_dirty
+from kvmapi.model.mem.private import EncryptedPhysical, ProtectedPhysical
 
 if TYPE_CHECKING:
     from kvmapi.model.attributes import PrivateSet

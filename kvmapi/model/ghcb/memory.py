@@ -7,7 +7,8 @@ of its own (the RFC dialects), which the guest's accesses choose and KVM's do no
 from __future__ import annotations
 
 from kvmapi.model.caller import PAGE
-from kvmapi.model.mem.physical import EncryptedPhysical, Physical, Refused
+from kvmapi.model.mem.physical import Physical, Refused
+from kvmapi.model.mem.private import EncryptedPhysical
 from kvmapi.model.mem.secure import page_view
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from kvmapi.abi import psp, sev
 from kvmapi.model.caller import Caller, Errno
-from kvmapi.model.mem.physical import EncryptedPhysical
+from kvmapi.model.mem.private import EncryptedPhysical
 from kvmapi.model.platform import C_BIT, SEV_TYPES
 from kvmapi.model.sev.asids import pool_of
 from kvmapi.model.sev.regions import Pins

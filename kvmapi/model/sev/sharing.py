@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from kvmapi.model import launched
 from kvmapi.model.caller import Caller, Errno
-from kvmapi.model.mem.physical import EncryptedPhysical
+from kvmapi.model.mem.private import EncryptedPhysical
 from kvmapi.model.sev.context import FAMILY_LOCK, SevContext
 from kvmapi.model.sev.launch_commands import lock_vcpus
 from kvmapi.model.sev.regions import Pins
