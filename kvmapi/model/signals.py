@@ -26,11 +26,12 @@ from typing import Protocol
 LOOK = 0.005  # seconds between two looks
 _SIBLING_LOOKS = 10  # every how many looks a foreign thread's siblings are looked at
 _MAX_SIBLINGS = 64
+_OTHERS_LOOKS = 20  # how many looks a signal for the whole process is left to its first thread
 _SIG_SETMASK = 2
 _SET_SIZE = 128  # sizeof(sigset_t) of glibc and musl
 # Synchronous faults are not held back: blocked, they would end the process without a trace.
 _NEVER_BLOCKED = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGABRT)
-
+# Without a handler these do nothing; they pend all the same while they are blocked, or the thread is traced.
 _IGNORED_BY_DEFAULT = sum(1 << number - 1 for number in (signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH))
 
 _libc = ctypes.CDLL(None)
@@ -67,6 +68,7 @@ class Inside:
         self.interrupted = False
         self.foreign = False
         self._looks = 0
+        self._left_to_others = 0
         self.mask: int | None = None  # KVM_SET_SIGNAL_MASK: bit n-1 set, signal n does not interrupt
 
     def enter(self, thread: int = 0) -> None:
@@ -100,6 +102,19 @@ class Inside:
             with contextlib.suppress(ValueError):  # the vCPU, and the page with its kick, may be gone
                 self._kick[0] = 1
 
+    def _own(self, thread: int, status: dict[str, int]) -> bool:
+        """A signal for the whole process is the first thread's where that does not block it: the kernel woke it alone. If nobody
+        takes it for a while, it is ours.
+        """
+        first = status["Tgid"]
+        if thread == first or self.mask is not None or self._taken({**status, "ShdPnd": 0}, status["SigBlk"]):
+            return True
+        blocked = _status(f"/proc/{first}/status").get("SigBlk")
+        if blocked is None or not self._taken(status, blocked):
+            return True
+        self._left_to_others += 1
+        return self._left_to_others > _OTHERS_LOOKS
+
     def stopped(self) -> None:
         """The program's job was stopped and continued, and we with it: its threads have left KVM_RUN in between."""
         if self.foreign and self.thread:
@@ -108,8 +123,7 @@ class Inside:
 
     def _taken(self, status: dict[str, int], blocked: int) -> bool:
         blocked = self.mask if self.mask is not None else blocked
-        # What is ignored can be pending all the same: where a signal is blocked, or its process traced.
-        ignored = status.get("SigIgn", 0) | (_IGNORED_BY_DEFAULT & ~status.get("SigCgt", 0))
+        ignored = status.get("SigIgn", 0) | _IGNORED_BY_DEFAULT & ~status.get("SigCgt", 0)
         return (status.get("SigPnd", 0) | status.get("ShdPnd", 0)) & ~blocked & ~ignored != 0
 
     def _waits_elsewhere(self, thread: int) -> bool:
@@ -118,7 +132,8 @@ class Inside:
         """
         status = _status(f"/proc/{thread}/status")
         if not status or self._taken(status, status["SigBlk"]):
-            return True
+            return not status or self._own(thread, status)
+        self._left_to_others = 0
         self._looks += 1
         return self._looks % _SIBLING_LOOKS == 0 and _sibling_stopped(thread)
 
@@ -134,13 +149,15 @@ def _sibling_stopped(thread: int) -> bool:
 
 
 def _status(path: str) -> dict[str, int]:
-    """The signal sets of a thread, bit n-1 for signal n; empty when it is gone."""
+    """The signal sets of a thread, bit n-1 for signal n, and its process; empty when it is gone."""
     found = {}
     with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as lines:
         for line in lines:
             name, _, value = line.partition(":")
             if name in ("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt"):
                 found[name] = int(value, 16)
+            elif name == "Tgid":
+                found[name] = int(value)
     return found
 
 
