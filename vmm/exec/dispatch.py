@@ -21,6 +21,7 @@ from kvmapi.abi import ioctls
 from kvmapi.model.caller import PAGE, Errno
 from kvmapi.model.guest_memfd import GuestMemfdFile
 from kvmapi.model.host import device
+from kvmapi.model.sev.device import SevDevice
 from kvmapi.model.system import KvmDevice
 from kvmapi.model.vcpu import VcpuFile
 from kvmapi.model.vm import VmFile
@@ -134,10 +135,10 @@ class Dispatcher:
         if n.tid in self._up.fresh:
             self._up.image_starts(n)
         if name is None and b"/fd/" in path and (link := self._link(n.tid, path)) is not None:
-            if not isinstance(link.file, KvmDevice):
+            if not isinstance(link.file, KvmDevice | SevDevice):
                 self._answer(n, -errno.ENXIO)  # what the kernel says of a file that nobody opened by name
                 return
-            name = "/dev/kvm"
+            name = "/dev/kvm" if isinstance(link.file, KvmDevice) else "/dev/sev"
         if name is None or (self._up.fallthrough is not None and self._up.fallthrough.opens(name)):
             self._proceed(n.id)
             return
@@ -337,7 +338,7 @@ class Dispatcher:
             self._proceed(n.id)
             return
         if n.nr not in (calls.FSTAT, calls.NEWFSTATAT):
-            self._answer(n, -errno.EINVAL)
+            self._answer(n, -errno.ESPIPE if n.nr in calls.AT_OFFSETS else -errno.EINVAL)
             return
         size = entry.file.bytes_ if isinstance(entry.file, GuestMemfdFile) else 0
         status = os.stat(f"/proc/{n.tid}/fd/{n.a0 & _U32}")

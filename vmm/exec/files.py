@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from kvmapi.model.caller import Errno
 from kvmapi.model.files import File
+from kvmapi.model.guest_memfd import GuestMemfdFile
 
 if TYPE_CHECKING:
     from vmm.exec.caller import Call, Process
@@ -97,7 +98,7 @@ class FileTable:
                 self._entries[key] = Entry(file, call.process, stand_in.guarded)
                 self._watches[watch] = key
             at = self._free_number(call) if stand_in.guarded else None
-            return listener.add_fd(call.id, ours, close_on_exec=call.close_on_exec, at=at)
+            return listener.add_fd(call.id, ours, close_on_exec=call.close_on_exec and not isinstance(file, GuestMemfdFile), at=at)
         except OSError as failure:
             with self._lock:
                 if key is not None:
