@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.exec.conftest import Build
-from tests.exec.launching import Under, read_line, terminal
+from tests.exec.launching import Under, read_line, soon, terminal
 
 pytestmark = [pytest.mark.gcc, pytest.mark.model]
 
@@ -137,7 +137,7 @@ def test_job_control(build: Build, under: Under) -> None:
         tty.type("\x1a")
         tty.until("Stopped")
         tty.type("fg\n")
-        tty.until("catch'")
+        assert soon(lambda: os.tcgetpgrp(tty.fd) != tty.process.pid), "the job is in the foreground"
         tty.type("\x03")
         tty.until("counted: 1")
         tty.type("echo status $?.\n")
@@ -154,18 +154,13 @@ def test_a_supervised_shell(side: Under) -> None:
     with terminal(side, ["bash", "--norc", "--noprofile", "-i"]) as tty:
         tty.type("sleep 100\n")
         tty.until("sleep 100")
-        assert soon_runs(side, "sleep")
+        assert soon(lambda: "sleep" in side.survivors().values())
         tty.type("\x1a")
         tty.until("Stopped")
-        tty.type("kill -KILL %1\n")
+        tty.type("kill -KILL %1; jobs -l\n")
+        assert soon(lambda: "sleep" not in side.survivors().values())
+        tty.type("\n")
         tty.until("Killed")
         tty.type("exit 4\n")
         assert tty.ended() == 4
     side.nothing_left()
-
-
-def soon_runs(under: Under, name: str) -> bool:
-    """Has a process of that name started?"""
-    from tests.exec.launching import soon
-
-    return soon(lambda: name in under.survivors().values())
