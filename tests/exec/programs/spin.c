@@ -12,6 +12,10 @@ static void note(int signal)
 
 static void *spin(void *vcpu)
 {
+	sigset_t set;
+
+	sigemptyset(&set), sigaddset(&set, SIGINT);
+	pthread_sigmask(SIG_BLOCK, &set, NULL); /* it is for the first thread, which may be on its way out of KVM_RUN */
 	return (void *)call((int)(long)vcpu, KVM_RUN, 0);
 }
 
