@@ -22,6 +22,7 @@ from typing import NamedTuple
 SECCOMP_SET_MODE_FILTER = 1
 SECCOMP_FILTER_FLAG_NEW_LISTENER, SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV = 8, 32
 _RECV, _SEND, _ID_VALID, _ADDFD = 0xC0502100, 0xC0182101, 0x40082102, 0x40182103
+_ZEROES = bytes(80)
 _CONTINUE = 1  # SECCOMP_USER_NOTIF_FLAG_CONTINUE
 _ADDFD_SETFD = 1
 _REQUEST = struct.Struct("<QII iI Q 6Q")  # id, pid, flags | nr, arch, instruction pointer, arguments
@@ -60,7 +61,7 @@ class Listener:
         """The next system call; waits. `buffer`: 80 bytes of the calling thread's. OSError: ENOENT when the caller was killed
         meanwhile or no task has the filter any more (`deserted` tells which).
         """
-        buffer[:] = bytes(80)
+        buffer[:] = _ZEROES
         fcntl.ioctl(self.fd, _RECV, buffer, True)
         return Notification._make(_REQUEST.unpack(buffer))
 

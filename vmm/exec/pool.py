@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable
 
 from vmm.exec.notify import Listener, Notification
+from vmm.exec.sigbus import without_cpuid
 
 _LOOK = 0.0007  # seconds between two looks of the watchman
 _IDLE_LOOKS = 30  # looks without a call after which it sleeps until there is one
 _PARKED = 64  # threads that may be kept for later
 _MOST = 4096  # threads in all: with so many calls waiting, the next one waits for one of them
 _STACK = 512 << 10
+_OFTEN = 32  # calls of one thread between two looks at whether CPUID faults in programs
 
 
 class _Worker:
@@ -31,10 +33,13 @@ class _Worker:
 
 
 class Pool:
-    """Receives notifications and calls `handle` with each, on threads of its own, until the last task has ended."""
+    """Receives notifications and calls `handle` with each, on threads of its own, until the last task has ended. While
+    `cpuid_faults()` in programs, it does in these threads.
+    """
 
-    def __init__(self, listener: Listener, handle: Callable[[Notification], None]) -> None:
+    def __init__(self, listener: Listener, handle: Callable[[Notification], None], cpuid_faults: Callable[[], bool]) -> None:
         self._listener = listener
+        self._cpuid_faults = cpuid_faults
         self._handle = handle
         self._lock = threading.Lock()
         self._leader: _Worker | None = None
@@ -77,7 +82,11 @@ class Pool:
     def _main(self, me: _Worker) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
         receive, handle, lock, buffer = self._listener.receive, self._handle, self._lock, bytearray(80)
+        number = 0
         while not self._stopping:
+            if number % _OFTEN == 0 and self._cpuid_faults():  # now and then: a CPUID of ours ends it
+                without_cpuid()
+            number += 1
             try:
                 notification = receive(buffer)
             except OSError:  # the caller was killed before we took its call, or nobody is left

@@ -9,6 +9,8 @@ Every rescue can cost two mappings, of which a process has 65530. So the first o
 in the end 1 GiB: parts of the ranges that were good may then be lost, which only a program that keeps on doing this sees.
 Larger steps also serve huge pages, where a page alone cannot be replaced. `rescues` counts: when it changes, views must
 be painted anew.
+
+The same handler answers a CPUID of ours in a thread where it faults (`without_cpuid`), by letting it work from then on.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ FINE = 4096  # rescues by single pages; and as many by 2 MiB
 _CODE, _COUNT, _OLD_BUS, _OLD_SEGV, _TABLE = 0, 1024, 1088, 1152, 4096
 _SA_SIGINFO, _SA_ONSTACK, _SA_RESTORER = 4, 0x08000000, 0x04000000
 _SYS_SIGACTION, _MMAP = 13, 9
+_FROM_KERNEL, _RIP = 0x80, 168  # si_code of a general protection fault; offset of RIP in ucontext_t
+_ARCH_PRCTL, _ARCH_SET_CPUID = 158, 0x1012
 _FREE = struct.pack("=2Q", 1, 0)  # matches nothing, and is not the table's end
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -42,6 +46,15 @@ def _code(at: int) -> tuple[bytes, int]:
         b"\x89\xfb",  # mov ebx, edi: the signal
         b"\x83\x7e\x08\x00",  # cmp dword [rsi+8], 0: si_code
         (b"\x0f\x8e", "other"),  # jle: somebody sent it
+        b"\x81\x7e\x08" + u32(_FROM_KERNEL),  # cmp dword [rsi+8], SI_KERNEL
+        (b"\x0f\x85", "access"),  # jne
+        b"\x48\x8b\x82" + u32(_RIP),  # mov rax, [rdx+...]: RIP where it happened
+        b"\x66\x81\x38\x0f\xa2",  # cmp word [rax], cpuid
+        (b"\x0f\x85", "access"),  # jne
+        b"\xbf" + u32(_ARCH_SET_CPUID) + b"\xbe" + u32(1),  # mov edi, ARCH_SET_CPUID; mov esi, 1
+        b"\xb8" + u32(_ARCH_PRCTL) + b"\x0f\x05",  # arch_prctl: it is executed once more, and works
+        (b"\xe9", "done"),  # jmp
+        "access",
         b"\x48\x8b\x6e\x10",  # mov rbp, [rsi+16]: si_addr
         b"\x49\xbc" + u64(at + _TABLE),  # mov r12, table
         "next",
@@ -136,21 +149,36 @@ _room: _Room | None = None
 _lock = threading.Lock()
 
 
+def _ready() -> _Room:
+    """With the lock held."""
+    global _room
+    if _room is None:
+        _room = _Room()
+    return _room
+
+
+def without_cpuid() -> bool:
+    """CPUID faults in this thread, too, until it is executed: switching between it and a thread of the program, where CPUID
+    faults, leaves the processor's setting alone then, and costs a third. False where CPUID cannot fault.
+    """
+    with _lock:
+        _ready()
+    return bool(_syscall(_ARCH_PRCTL, _ARCH_SET_CPUID, None, None, 0) == 0)
+
+
 def register(start: int, end: int) -> int:
     """Accesses to [start, end) of our memory never end us. Returns what `unregister` takes. Raises OSError (ENOMEM)."""
-    global _room
     with _lock:
-        if _room is None:
-            _room = _Room()
-        if _room.free:
-            entry = _room.free.pop()
-        elif _room.used < SLOTS:
-            entry = _room.used
-            _room.used += 1
+        room = _ready()
+        if room.free:
+            entry = room.free.pop()
+        elif room.used < SLOTS:
+            entry = room.used
+            room.used += 1
         else:
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         at = _TABLE + 16 * entry
-        _room.memory[at : at + 16] = struct.pack("=2Q", start, end)
+        room.memory[at : at + 16] = struct.pack("=2Q", start, end)
         return entry
 
 

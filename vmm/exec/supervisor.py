@@ -112,7 +112,7 @@ class Supervisor:
         self.tracer = Tracer(partial(cpuid.seen, self.platform.host_cpuid, cpuid.native), self.child.ended, self._explain)
         self.processes = Processes(lambda tgid: Process(tgid, self.tracer))
         self._dispatch = Dispatcher(self, Paths(self.platform))
-        self.pool = Pool(self.listener, self._handle)
+        self.pool = Pool(self.listener, self._handle, lambda: self.tracer.active)
 
     def _kernel(self) -> Fallthrough | None:
         from vmm.exec.fallthrough import Fallthrough

@@ -65,6 +65,7 @@ class Tracer:
         self._thread = threading.Thread(target=self._main, name="sevmm-tracer", daemon=True)
         self._starting: dict[int, int] = {}  # threads to be stopped for the first time -> a `syscall` instruction of theirs
         self._leaving: set[int] = set()  # threads to be let go at their next stop
+        self.active = False  # does CPUID fault in any program?
         self._works = True  # until the kernel says that CPUID cannot fault
         self._programs: dict[tuple[int, int, int], bool] = {}  # executables: do they speak to KVM?
 
@@ -190,6 +191,8 @@ class Tracer:
         if result:
             self._works = self._works and result != -errno.ENODEV
             self._say(f"programs see this machine's CPUID: it cannot be made to fault ({os.strerror(-result).lower()})")
+        else:
+            self.active = True
         ptrace.request(ptrace.DETACH if result else ptrace.CONT, tid)
 
     def _answered(self, tid: int) -> bool:
