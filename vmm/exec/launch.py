@@ -12,6 +12,7 @@ open a file.
 from __future__ import annotations
 
 import array  # noqa: F401  # socket.send_fds imports it when first used: under the filter that would wait for ourselves
+import contextlib
 import ctypes
 import errno
 import os
@@ -148,7 +149,8 @@ class Child:
                 continued()
                 continue
             if status is not None:
-                kill_descendants(came.si_signo if came.si_signo != signal.SIGWINCH else 0)
+                if came.si_signo != signal.SIGWINCH:
+                    kill_descendants()
             elif came.si_code != _FROM_KERNEL:  # what the terminal sent the program has got already
                 os.kill(self.pid, came.si_signo)
 
@@ -173,14 +175,11 @@ def descendants() -> list[int]:
     return found
 
 
-def kill_descendants(number: int) -> None:
-    """Send a signal to everything that the program started; what was asked to end once is killed."""
-    if number:
-        for pid in descendants():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except OSError:
-                continue
+def kill_descendants() -> None:
+    """Kill everything that the program started: it has ended itself, and whoever waits wants no more."""
+    for pid in descendants():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def end_as(status: int) -> int:
@@ -190,7 +189,8 @@ def end_as(status: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(number, signal.SIG_DFL) if number not in (signal.SIGKILL, signal.SIGSTOP) else None
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
         os.kill(os.getpid(), number)
         return 128 + number
