@@ -17,6 +17,7 @@ from vmm.exec.notify import Listener, Notification
 from vmm.exec.sigbus import without_cpuid
 
 _LOOK = 0.0007  # seconds between two looks of the watchman
+_AGAIN = 0.02  # seconds until a thread that could not be started is tried again
 _IDLE_LOOKS = 30  # looks without a call after which it sleeps until there is one
 _PARKED = 64  # threads that may be kept for later
 _MOST = 4096  # threads in all: with so many calls waiting, the next one waits for one of them
@@ -69,15 +70,20 @@ class Pool:
             threading.stack_size(before)
 
     def _promote(self) -> None:
-        """Make another thread the leader. The lock is held, or nobody else runs yet."""
+        """Make another thread the leader, or nobody where there can be no more. The lock is held, or nobody else runs yet."""
         self._busy = False
+        self._leader = None
         if self._parked:
             self._leader = self._parked.pop()
             self._leader.turn.release()
         elif self._threads < _MOST:
             worker = self._leader = _Worker()
-            self._threads += 1
-            self._run(lambda: self._main(worker), "sevmm-answers")
+            try:
+                self._run(lambda: self._main(worker), "sevmm-answers")
+            except RuntimeError:  # RLIMIT_NPROC, or the container's limit: whoever is done next leads
+                self._leader = None
+            else:
+                self._threads += 1
 
     def _main(self, me: _Worker) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
@@ -128,5 +134,10 @@ class Pool:
             elif self._busy:
                 with self._lock:
                     if self._busy and self.answered == seen and self._leader is not None:
-                        self._leader = None
+                        self._promote()
+            elif self._leader is None:
+                idle = 0  # not asleep: there may be room for a thread again
+                time.sleep(_AGAIN)
+                with self._lock:
+                    if self._leader is None:
                         self._promote()

@@ -1,0 +1,69 @@
+"""The threads that answer, without a program: what becomes of calls when there can be no more threads."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from vmm.exec.notify import Notification
+from vmm.exec.pool import Pool
+
+pytestmark = pytest.mark.model
+
+
+class Calls:
+    """A listener whose notifications come from a queue; None ends the thread that takes it."""
+
+    def __init__(self) -> None:
+        self.coming: queue.SimpleQueue[Notification | None] = queue.SimpleQueue()
+        self.ended = False
+
+    def receive(self, buffer: bytearray) -> Notification:
+        found = self.coming.get()
+        if found is None:
+            self.ended = True
+            raise OSError
+        return found
+
+    def deserted(self) -> bool:
+        return self.ended
+
+
+def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call lasts, and no thread can be had for the next one, at first: it is answered when there is one."""
+    calls, long, asked, done = Calls(), threading.Event(), threading.Event(), threading.Event()
+    refused = 0
+
+    def handle(notification: Notification) -> None:
+        if notification.tid == 1:
+            asked.set()
+            long.wait(20)
+        else:
+            done.set()
+
+    pool = Pool(calls, handle)  # type: ignore[arg-type]
+    pool.start()
+    start = pool._run
+
+    def run(main: Callable[[], None], name: str) -> None:
+        nonlocal refused
+        if refused < 3:
+            refused += 1
+            raise RuntimeError("can't start new thread")
+        start(main, name)
+
+    monkeypatch.setattr(pool, "_run", run)
+    calls.coming.put(Notification(1, 1, *(0,) * 10))
+    assert asked.wait(5)
+    calls.coming.put(Notification(2, 2, *(0,) * 10))
+    try:
+        assert done.wait(5), "nobody answers any more"
+        assert refused == 3
+    finally:
+        long.set()
+        pool.stop()
+        for _ in range(3):
+            calls.coming.put(None)
