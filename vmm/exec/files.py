@@ -5,11 +5,16 @@ is, is told by its inode: duplicates, copies in a forked child and fds sent over
 last of them is closed, and the last mapping is gone, inotify says so: that is the moment at which the kernel would
 release its file. Such news is taken in before each call that could depend on it.
 
-A process that closes a fd has queued the news when close returns, so whoever asks next sees it.
+A process that closes a fd has queued the news when close returns, so whoever asks next sees it. If there is more news than
+the kernel keeps, it says so, and lost.py looks for what is still open.
+
+Locks: `_releasing` while news is taken in, so that whoever asks waits for what others have read; `_installing` while an fd
+is on its way to a program; `_lock` guards the tables, and nothing waits under it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -18,20 +23,24 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvmapi.abi import kvm
 from kvmapi.model.caller import Errno
 from kvmapi.model.files import File
 from kvmapi.model.guest_memfd import GuestMemfdFile
+from kvmapi.model.vcpu import VcpuFile
+from vmm.exec import lost
+from vmm.exec.lost import Key
 
 if TYPE_CHECKING:
+    from kvmapi.model.placeholder import StandIn
     from vmm.exec.caller import Call, Process
     from vmm.exec.notify import Listener
 
-_IN_CLOSE = 0x8 | 0x10
+_IN_CLOSE, _IN_OVERFLOW = 0x8 | 0x10, 0x4000
 _EVENT = struct.Struct("<iIII")
 _NEWS = 64 << 10  # bytes read at once
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.inotify_add_watch.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
-Key = tuple[int, int]  # device and inode
 
 
 @dataclass(slots=True)
@@ -53,6 +62,7 @@ class FileTable:
         self._watches: dict[int, Key] = {}
         self._lock = threading.Lock()
         self._releasing = threading.Lock()
+        self._installing = threading.Lock()
         self.news = int(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC))
         if self.news < 0:
             raise OSError(ctypes.get_errno(), "inotify")
@@ -83,8 +93,16 @@ class FileTable:
         except OSError as failure:
             file.release()
             raise Errno(failure.errno or errno.EMFILE) from None
+        with self._installing:  # two threads of a program must not find the same number free
+            return self._installed(listener, call, file, stand_in)
+
+    def _installed(self, listener: Listener, call: Call, file: File, stand_in: StandIn) -> int:
+        at: int | None = None
         try:
             ours = os.open(f"/proc/self/fd/{stand_in.fd}", (stand_in.access if call.access is None else call.access) | os.O_CLOEXEC)
+        except OSError as failure:
+            file.fd_closed()
+            raise Errno(failure.errno or errno.EMFILE) from None
         finally:
             os.close(stand_in.fd)
         key: Key | None = None
@@ -104,12 +122,13 @@ class FileTable:
                 if key is not None:
                     self._entries.pop(key, None)
             file.fd_closed()
-            raise Errno(failure.errno or errno.EMFILE) from None
+            beyond = at is not None and failure.errno == errno.EBADF  # of the number that was asked for
+            raise Errno(errno.EMFILE if beyond else failure.errno or errno.EMFILE) from None
         finally:
             os.close(ours)
 
     def _free_number(self, call: Call) -> int:
-        """The lowest free number of those that the filter guards. OSError(EMFILE) when the table ends before."""
+        """The lowest free number of those that the filter guards."""
         taken = {int(name) for name in os.listdir(f"/proc/{call.process.tgid}/fd")}
         at = self._first_guarded
         while at in taken:
@@ -118,33 +137,48 @@ class FileTable:
 
     def take_news(self) -> None:
         """Release every file whose last fd was closed by now."""
-        try:
-            data = os.read(self.news, _NEWS)
-        except BlockingIOError:
-            if self._releasing.locked():  # somebody else has read it and is at it
-                with self._releasing:
-                    pass
-            return
         with self._releasing:
-            while data:
-                self._release(data)
-                try:
-                    data = os.read(self.news, _NEWS)
-                except BlockingIOError:
-                    return
+            complete = True
+            while data := self._read():
+                complete = self._release(data) and complete
+            if not complete:
+                self._release_lost()
 
-    def _release(self, data: bytes) -> None:
-        at = 0
+    def _read(self) -> bytes:
+        with contextlib.suppress(BlockingIOError):
+            return os.read(self.news, _NEWS)
+        return b""
+
+    def _release(self, data: bytes) -> bool:
+        """Those that the news is about. False: there was more news than was kept."""
+        at, complete = 0, True
         while at < len(data):
-            watch, _, _, length = _EVENT.unpack_from(data, at)
+            watch, mask, _, length = _EVENT.unpack_from(data, at)
             at += _EVENT.size + length
-            with self._lock:
-                key = self._watches.pop(watch, None)
-                entry = self._entries.pop(key, None) if key is not None else None
-            if key is not None:
-                _libc.inotify_rm_watch(self.news, watch)
-            if entry is not None:
+            complete = complete and not mask & _IN_OVERFLOW
+            self._release_one(watch)
+        return complete
+
+    def _release_one(self, watch: int) -> None:
+        with self._lock:
+            key = self._watches.pop(watch, None)
+            entry = self._entries.pop(key, None) if key is not None else None
+        if key is not None:
+            _libc.inotify_rm_watch(self.news, watch)
+        if entry is not None:
+            with contextlib.suppress(OSError):  # the rest must go, too
                 entry.file.fd_closed()
+
+    def _release_lost(self) -> None:
+        """Those that nobody has any more, by looking for them."""
+        with self._installing:
+            existing = lost.watched(self.news)
+            with self._lock:
+                gone = [watch for watch in self._watches if watch not in existing]
+                kept = {watch: key for watch, key in self._watches.items() if watch in existing and _has_it(self._entries.get(key))}
+            used = lost.used(kept.values()) if kept else set()
+        for watch in (*gone, *(watch for watch, key in kept.items() if key not in used)):
+            self._release_one(watch)
 
     def close(self) -> None:
         """Nobody is left: release everything."""
@@ -154,3 +188,10 @@ class FileTable:
         for entry in entries:
             entry.file.fd_closed()
         os.close(self.news)
+
+
+def _has_it(entry: Entry | None) -> bool:
+    """Does the model itself have the memfd that the program has?"""
+    if entry is None or isinstance(entry.file, VcpuFile):
+        return entry is not None
+    return isinstance(entry.file, GuestMemfdFile) and bool(entry.file.flags & kvm.GUEST_MEMFD_FLAG_INIT_SHARED)
