@@ -85,12 +85,26 @@ class Process:
 
     def __init__(self, tgid: int, tracer: Tracer | None = None) -> None:
         self.tgid = tgid
+        self.leaving: set[int] = set()  # threads that have asked for another image, and may get it
         self.pidfd = os.pidfd_open(tgid)
+        self._maps, self._image = -1, b""
+        with contextlib.suppress(OSError):  # its first thread has ended
+            self._maps, self._image = os.open(f"/proc/{tgid}/maps", os.O_RDONLY | os.O_CLOEXEC), _image(tgid)
         self.memory = RemoteMemory(tgid, tracer)
+
+    def same_image(self) -> bool:
+        """Does it still run the program that it ran when this object was made? A file of the mappings of an address space that
+        is gone is empty; and where others share that one (vfork), the new image has its stack elsewhere.
+        """
+        with contextlib.suppress(OSError):
+            return self._maps >= 0 and os.pread(self._maps, 1, 0) != b"" and _image(self.tgid) == self._image
+        return False
 
     def close(self) -> None:
         """The process has ended, or has another image now."""
         os.close(self.pidfd)
+        if self._maps >= 0:
+            os.close(self._maps)
         self.memory.retire()
 
     def fd(self, number: int) -> int:
@@ -113,6 +127,12 @@ class Process:
                         soft = line.split()[3]
                         return None if soft == "unlimited" else int(soft)
         return None
+
+
+def _image(tgid: int) -> bytes:
+    """Where its code and its stack begin: drawn by lot for each image. Raises OSError."""
+    with open(f"/proc/{tgid}/stat", "rb") as stat:
+        return b" ".join(stat.read().rpartition(b")")[2].split()[23:26])
 
 
 class Call:

@@ -152,7 +152,8 @@ class Child:
                 if came.si_signo != signal.SIGWINCH:
                     kill_descendants()
             elif came.si_code != _FROM_KERNEL:  # what the terminal sent the program has got already
-                os.kill(self.pid, came.si_signo)
+                with contextlib.suppress(OSError):  # it has ended just now
+                    os.kill(self.pid, came.si_signo)
 
 
 def descendants() -> list[int]:

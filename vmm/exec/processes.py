@@ -4,7 +4,11 @@ A notification names a thread; what the model needs is its process. Numbers are 
 so what is remembered goes when a process ends: its pidfd says when. And where a wrong answer would be one process's
 memory shown to another, the pair of numbers is asked for (`sure`).
 
-Only processes that make a call on one of our files, or open one, are remembered.
+An exec is announced before it happens, and may fail: then all is as it was. So the process is only doubted from then on,
+until a call comes from the new image, or from the thread whose exec has failed.
+
+Only processes that make a call on one of our files, or open one, are remembered. They are closed outside of the lock:
+that may have to wait for somebody who uses their memory.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from collections.abc import Callable
 
 from vmm.exec.caller import Process
 
+_MANY_LEAVING = 64  # threads of one process that have asked for an exec
 _MANY_THREADS = 1024  # of one process, beyond which those that have ended are looked for
 
 
@@ -38,7 +43,10 @@ class Processes:
 
     def of(self, tid: int) -> Process:
         """Whose thread it was when we last looked. ProcessLookupError: it has ended."""
-        return self._by_thread.get(tid) or self._look(tid)
+        process = self._by_thread.get(tid)
+        if process is None or (process.leaving and not self._stays(process, tid)):
+            return self._look(tid)
+        return process
 
     def sure(self, tid: int) -> Process:
         """Whose thread it is. ProcessLookupError: it has ended."""
@@ -49,21 +57,38 @@ class Processes:
         process = self._by_thread.get(tid)
         if process is None:
             with contextlib.suppress(ProcessLookupError):
-                return self._by_group.get(_group_of(tid))
+                process = self._by_group.get(_group_of(tid))
+        elif not os.path.exists(f"/proc/{process.tgid}/task/{tid}"):
             return None
-        return process if os.path.exists(f"/proc/{process.tgid}/task/{tid}") else None
+        return None if process is None or (process.leaving and not self._stays(process, tid)) else process
 
-    def forget(self, tid: int) -> None:
-        """The thread's process becomes another program: its memory, as we know it, ends."""
+    def leaves(self, tid: int) -> None:
+        """The thread's process becomes another program, if its exec succeeds."""
         with contextlib.suppress(ProcessLookupError):
-            tgid = _group_of(tid)
-            with self._lock:
-                process = self._by_group.get(tgid)
-                if process is not None:
-                    self._drop(process)
+            process = self._by_group.get(_group_of(tid))
+            if process is not None:
+                if len(process.leaving) >= _MANY_LEAVING:
+                    process.leaving = {one for one in set(process.leaving) if os.path.exists(f"/proc/{process.tgid}/task/{one}")}
+                process.leaving.add(tid)
+
+    def _stays(self, process: Process, tid: int) -> bool:
+        """Is it still the program that it was? `tid` makes a call, so no exec of its own is under way."""
+        if process.same_image():
+            process.leaving.discard(tid)
+            return True
+        with self._lock:
+            known = self._by_group.get(process.tgid) is process
+            if known:
+                self._drop(process)
+        if known:
+            process.close()
+        return False
 
     def _look(self, tid: int) -> Process:
         tgid = _group_of(tid)
+        doubted = self._by_group.get(tgid)
+        if doubted is not None and doubted.leaving:
+            self._stays(doubted, tid)
         with self._lock:
             process = self._by_group.get(tgid)
             if process is None:
@@ -81,21 +106,23 @@ class Processes:
             return process
 
     def _drop(self, process: Process) -> None:
-        """Under the lock."""
+        """Under the lock. Whoever has it closes it afterwards."""
         del self._by_group[process.tgid], self._by_pidfd[process.pidfd]
         for tid in self._threads.pop(process.tgid):
             if self._by_thread.get(tid) is process:
                 del self._by_thread[tid]
         self._ends.unregister(process.pidfd)
-        process.close()
 
     def _watch(self) -> None:
         while True:
             for pidfd, _ in self._ends.poll():
                 with self._lock:
                     process = self._by_pidfd.get(pidfd)
-                    if process is not None and _has_ended(pidfd):
-                        self._drop(process)
+                    if process is None or not _has_ended(pidfd):
+                        continue
+                    self._drop(process)
+                with contextlib.suppress(OSError):
+                    process.close()
 
 
 def _has_ended(pidfd: int) -> bool:

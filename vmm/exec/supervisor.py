@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 _GUARDED_PART = 4  # the last quarter of the fd table is where guarded fds stand
 _LARGEST_TABLE = 4096
 _MANY_FRESH = 4096
+_MANY_SAID = 256
 _PR_SET_DUMPABLE = 4
 
 
@@ -102,7 +103,7 @@ class Supervisor:
         self.fallthrough = self._kernel() if options.fallthrough else None
         self.fresh: set[int] = set()  # threads whose new program image has not asked anything yet
         self._local = _Local()
-        self._in_call: set[int] = set()
+        self._in_call: dict[int, int] = {}  # by notification: a thread's next call may come before we are done with its last
         try:
             self.child = launch.Child(options.argv, calls.program(high))
         except launch.InstallError as failure:
@@ -164,11 +165,11 @@ class Supervisor:
             self.say(f"{self.child.name} has ended; what it started still runs ({names}) and is served. Ctrl-C ends it")
 
     def _handle(self, notification: Notification) -> None:
-        self._in_call.add(notification.tid)
+        self._in_call[notification.id] = notification.tid
         try:
             self._dispatch(notification)
         finally:
-            self._in_call.discard(notification.tid)
+            del self._in_call[notification.id]
 
     # ---- processes
     def peek(self, tid: int) -> ProcessMemory:
@@ -176,8 +177,8 @@ class Supervisor:
         return self._local.memory.at(tid)
 
     def new_image(self, tid: int) -> None:
-        """The process is about to become another program: its memory, as we know it, ends."""
-        self.processes.forget(tid)
+        """The process is about to become another program: its memory, as we know it, ends then."""
+        self.processes.leaves(tid)
         self.fresh.add(tid)
         if len(self.fresh) > _MANY_FRESH:
             self.fresh = {one for one in self.fresh if os.path.exists(f"/proc/{one}")}
@@ -185,13 +186,14 @@ class Supervisor:
     def image_starts(self, notification: Notification) -> None:
         """The first call of a new program image."""
         self.fresh.discard(notification.tid)
+        self.processes.known(notification.tid)  # what the old image had is given back
         if not self.options.host_cpuid:
             self.tracer.follow(notification.tid, notification.ip)
 
     def in_call(self, tgid: int) -> set[int]:
         """Threads of a process that wait in calls now."""
         with contextlib.suppress(OSError):
-            return {int(tid) for tid in os.listdir(f"/proc/{tgid}/task")} & self._in_call
+            return {int(tid) for tid in os.listdir(f"/proc/{tgid}/task")} & set(self._in_call.values())
         return set()
 
     def hold(self, call: Call) -> Held:
@@ -233,7 +235,7 @@ class Supervisor:
 
     def say_once(self, text: str) -> None:
         """The same, but never twice."""
-        if text not in self._said:
+        if text not in self._said and len(self._said) < _MANY_SAID:
             self._said.add(text)
             self.say(text)
 

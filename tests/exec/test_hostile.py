@@ -1,0 +1,26 @@
+"""Programs that make it hard for whoever answers them: nothing of theirs is lost, and nobody waits for ever."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.exec.conftest import Build
+from tests.exec.launching import Under
+
+pytestmark = [pytest.mark.gcc, pytest.mark.model]
+
+CASES = {
+    "failed-exec": (),
+    "exec": (),
+    "few-fds": (),
+    "storm": ("--platform", "sev,asids=1"),
+    "faults": (),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hostile_programs(build: Build, case: str) -> None:
+    done = Under("exec", options=CASES[case]).run(build("hostile"), case)
+    if done.returncode == 77:
+        pytest.skip(f"needs {done.stdout.strip()}; get it: run as root, or set vm.unprivileged_userfaultfd=1")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
