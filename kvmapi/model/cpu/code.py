@@ -29,11 +29,11 @@ from collections.abc import Callable
 
 from kvmapi.model.caller import PAGE
 from kvmapi.model.cpu import blocks, hazards, scan
+from kvmapi.model.cpu.marks import EXIT, NONE, STOP, WATCH, Marks
 from kvmapi.model.cpu.native import Native
 from kvmapi.model.cpu.scan import Site
 from kvmapi.model.mem.secure import page_view
 
-_MAX_HOOKS = 20_000  # a guest that executes everywhere costs a flush, not memory
 _TAIL = scan.MAX_LENGTH - 1
 
 
@@ -133,12 +133,14 @@ class CodeCache:
         self._pages: dict[int, CodePage] = {}  # by virtual page
         self.pointers: dict[int, set[int]] = {}  # where our process sees a page -> its virtual pages
         self.mixed: set[int] = set()  # virtual pages that are executed and stored to
-        self._exits: set[int] = set()  # fatal addresses and cuts
-        self._hooks: dict[int, int] = {}
+        self._marks = Marks(native, watching)
         self._store_hooks: list[int] = []
-        self._overflow = False
         self._flushing = False
         self.stale = False  # a block may have been translated without a hook that it needs: `flush_blocks` before going on
+
+    def destroy(self) -> None:
+        """Before the engine is closed."""
+        self._marks.release()
 
     def fetched(self, va: int, pointer: int, address: int) -> None:
         """The engine is about to fetch from the page at `va`, which our process sees at `pointer`, and it at its
@@ -147,6 +149,9 @@ class CodeCache:
         if self._flushing:
             return
         page = self._pages.get(va)
+        if page is None and self._marks.full:
+            self.stale = True
+            raise Retranslate
         if page is None or page.pointer != pointer or not page.current():
             tail = b""
             with contextlib.suppress(Exception):  # the next page may be anything: then no instruction continues there
@@ -156,9 +161,9 @@ class CodeCache:
                 self.pointers[pointer] = set()
                 self._store_hooks.append(self._native.hook_stores_at(address))
             self.pointers[pointer].add(va)
-            known = va in self._hooks, va in self._exits
+            known = self._marks.at(va)
             self._hook(va, page)
-            if (va in self._hooks, va in self._exits) != known:
+            if self._marks.at(va) != known:
                 # A block may come from the page before: the engine looked for a hook here before it asked for the page.
                 self.stale = True
                 raise Retranslate
@@ -175,25 +180,12 @@ class CodeCache:
         """The guest may from now on store to a page of `pointers`: changes of it are its own doing."""
         self.mixed |= self.pointers[pointer]
 
-    def _add(self, address: int, watch: bool) -> None:
-        native = self._native
-        self._hooks[address] = native.hook_watch_at(address, self._watching) if watch else native.hook_stop_at(address)
-
     def _hook(self, va: int, page: CodePage) -> None:
-        for offset in page.stops:
-            if va + offset not in self._hooks:
-                self._add(va + offset, False)
-        for address in self.breakpoints:
-            if address & -PAGE == va and address not in self._hooks:
-                self._add(address, False)
-        for offset in page.watches:
-            if va + offset not in self._hooks:
-                self._add(va + offset, True)
-        exits = page.exits()
-        if not exits <= self._exits:
-            self._exits |= exits
-            self._native.set_exits(self._exits)
-        self._overflow = len(self._hooks) + len(self._exits) > _MAX_HOOKS
+        marks = dict.fromkeys((va + offset for offset in page.watches), WATCH)
+        marks.update(dict.fromkeys((va + offset for offset in page.stops), STOP))
+        marks.update(dict.fromkeys((address for address in self.breakpoints if address & -PAGE == va), STOP))
+        marks.update(dict.fromkeys(page.exits(), EXIT))
+        self._marks.put(va, marks)
 
     def site(self, va: int, bits: int) -> Site | None:
         """The sensitive instruction at `va` in code of this width, if the code there is what was scanned."""
@@ -214,7 +206,7 @@ class CodeCache:
 
     def hooked(self, va: int) -> bool:
         """Would the engine stop at this address?"""
-        return va in self._hooks or va in self._exits
+        return self._marks.at(va) != NONE
 
     def look(self) -> None:
         """The engine has stopped: what the guest made of mixed pages is its own doing."""
@@ -225,9 +217,6 @@ class CodeCache:
 
     def verify(self) -> None:
         """Someone else had a turn: throw translations away if any code page differs from what was scanned."""
-        if self._overflow:
-            self.flush()
-            return
         for page in self._pages.values():  # at every entry: `current` without its calls
             if (zlib.crc32(page.view) if page.secret else bytes(page.view)) != page.seen:
                 self.flush()
@@ -235,24 +224,25 @@ class CodeCache:
 
     def flush_blocks(self) -> None:
         """Translate everything again, with the hooks that are there now. Not from inside the engine."""
+        if self._marks.full:
+            self.flush()
+            return
         self.stale = False
         self._native.flush_code()
 
     def flush(self) -> None:
         """Forget every page, hook and translated block. Not from inside the engine."""
-        hooks, self._hooks, self._flushing = self._hooks, {}, True  # taking a hook away makes the engine fetch where it was
+        self._flushing = True  # taking a hook away makes the engine fetch where it was
         try:
-            for handle in (*hooks.values(), *self._store_hooks):
+            for handle in self._store_hooks:
                 self._native.unhook(handle)
-            if self._exits:
-                self._native.set_exits(())
         finally:
             self._flushing = False
         self._pages.clear()
         self.pointers.clear()
         self.mixed.clear()
         self._store_hooks.clear()
-        self._exits.clear()
-        self._overflow = self.stale = False
+        self._marks.clear()
+        self.stale = False
         self._native.flush_code()
         self._native.flush_tlb()

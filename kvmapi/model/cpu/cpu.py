@@ -127,6 +127,7 @@ class Cpu:
         """Free the engine."""
         self.scratch.release()
         self.stepper.destroy()
+        self.code.destroy()
         self.native.close()
 
     # ---- callbacks from inside the engine

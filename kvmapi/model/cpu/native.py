@@ -259,13 +259,13 @@ class Native:
         """Call the machine code at `function` before the instruction at virtual `address`."""
         return self._hook(uc.UC_HOOK_CODE, _ptr(function), 0, address, address)
 
+    def hook_code_anywhere(self, function: int, data: int) -> int:
+        """The same before every instruction."""
+        return self._hook(uc.UC_HOOK_CODE, _ptr(function), data, 1, 0)
+
     def hook_stop_at(self, address: int) -> int:
         """Stop before the instruction at virtual `address`, with no Python in the way."""
         return self.hook_code(address, stubs().stop)
-
-    def hook_watch_at(self, address: int, flag: ctypes.Array[ctypes.c_uint32]) -> int:
-        """The same, but only while `flag[0]` is not zero."""
-        return self._hook(uc.UC_HOOK_CODE, _ptr(stubs().watch), ctypes.addressof(flag), address, address)
 
     def hook_kick(self, address: int) -> None:
         """Stop at the next block whenever one of the two bytes at `address` is not zero."""
