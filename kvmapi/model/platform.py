@@ -82,6 +82,7 @@ _FIXED = {
     caps.KVM_CAP_XSAVE2: fpu.XSAVE_SIZE,
     caps.KVM_CAP_XCRS: 1,
     caps.KVM_CAP_IRQCHIP: 1,
+    caps.KVM_CAP_HLT: 1,
     caps.KVM_CAP_PIT: 1,
     caps.KVM_CAP_PIT2: 1,
     caps.KVM_CAP_PIT_STATE2: 1,
@@ -186,12 +187,18 @@ class Platform:
 
     def host_cpuid(self, function: int, index: int) -> tuple[int, int, int, int]:
         """CPUID of the modelled machine itself (EAX, EBX, ECX, EDX), as a program beside KVM sees it: what guests are offered,
-        and MWAIT, which KVM does not offer; no hypervisor.
+        and what KVM needs or keeps for itself: SVM (nested guests are not offered) and MWAIT; no hypervisor.
         """
         if 0x40000000 <= function < 0x50000000:
             return 0, 0, 0, 0
+        if function == cpuid.SVM_LEAF:
+            return cpuid.SVM_REVISION, self.asids + 1, 0, cpuid.SVM_FEATURES
         eax, ebx, ecx, edx = cpuid.Table(self.supported_cpuid()).read(function, index)
-        return eax, ebx, (ecx & ~cpuid.HYPERVISOR | cpuid.MWAIT if function == 1 else ecx), edx
+        if function == 1:
+            ecx = ecx & ~cpuid.HYPERVISOR | cpuid.MWAIT
+        elif function == 0x80000001:
+            ecx |= cpuid.SVM
+        return eax, ebx, ecx, edx
 
     def capability(self, number: int, vm_type: int | None) -> int:
         """KVM_CHECK_EXTENSION at system scope (`vm_type` None) or on a VM."""

@@ -18,7 +18,7 @@ from vmm.exec import cpuid
 pytestmark = [pytest.mark.gcc, pytest.mark.model]
 
 MODELS = f"AuthenticAMD sev 1 cbit {C_BIT}"
-AES, AVX, OSXSAVE, MWAIT = 1 << 25, 1 << 28, 1 << 27, 1 << 3
+AES, AVX, OSXSAVE, MWAIT, SVM = 1 << 25, 1 << 28, 1 << 27, 1 << 3, 1 << 2
 
 
 @pytest.fixture
@@ -42,6 +42,7 @@ def test_features_are_those_of_both_machines() -> None:
     assert cpuid.seen(model, this, 0xD, 0) == (7, 7, 7, 7), "XSAVE's area is as large as this machine makes it"
     assert cpuid.seen(model, this, 0x8000001F, 0)[1] & 63 == C_BIT and cpuid.seen(model, this, 0x40000000, 0) == (0, 0, 0, 0)
     assert cpuid.seen(model, this, 0x80000001, 0)[3] & 1 << 29 == 0, "long mode is this machine's to say"
+    assert cpuid.seen(model, this, 0x80000001, 0)[2] & SVM, "a machine with kvm_amd has it, whatever this one has"
 
 
 def test_this_machine_can_be_asked() -> None:

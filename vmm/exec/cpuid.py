@@ -24,6 +24,7 @@ _CODE = bytes.fromhex("53 4989d0 89f8 89f1 0fa2 418900 41895804 41894808 4189500
 _THIS_MACHINES = frozenset((0xB, 0xD))
 _REPEATED = 0x0183F3FF  # features that AMD's leaf 0x80000001 repeats from leaf 1
 _PRIVILEGED_1_ECX = 1 << 3  # MWAIT: nothing that user code could execute
+_PRIVILEGED_X1_ECX = 1 << 2  # SVM: neither
 _OSXSAVE = 1 << 27  # this kernel's doing: XGETBV works here or not
 
 
@@ -60,5 +61,5 @@ def seen(model: Cpuid, here: Cpuid, function: int, index: int) -> Answer:
         return eax, ebx & features_b, ecx & features_c, edx & features_d
     if function == 0x80000001:
         _, _, features_c, features_d = here(function, 0)
-        return eax, ebx, ecx & features_c, edx & (features_d | _REPEATED)
+        return eax, ebx, ecx & (features_c | _PRIVILEGED_X1_ECX), edx & (features_d | _REPEATED)
     return eax, ebx, ecx, edx

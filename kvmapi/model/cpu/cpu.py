@@ -163,13 +163,13 @@ class Cpu:
             mmu.fault, self.event, self.stepped = None, -1, False
             error = self.native.start(words[_RIP])
             self.stats.counters[EXITS] += 1
-            if self.code.mixed:
-                self.code.look()
             result = self._stopped(error)
+            if result is None and (self.kick[0] or self.page.memory[IMMEDIATE_EXIT]):
+                result = KICKED  # a guest that is stopped again and again may never come to the next block
             if result is not None:
+                if self.code.mixed:
+                    self.code.look()
                 return result
-            if self.kick[0] or self.page.memory[IMMEDIATE_EXIT]:
-                return KICKED  # a guest that is stopped again and again may never come to the next block
 
     def _attend(self) -> int | None:
         """Deliver events; while debugging, execute one instruction. KVM_RUN's result, KICKED, or None."""

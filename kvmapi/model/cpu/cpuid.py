@@ -50,6 +50,8 @@ SEV_LEAF = 0x8000001F
 FAMILY_MODEL = 0x00800F12  # an EPYC of the first generation
 MAX_PHYS_BITS = 48
 MWAIT, HYPERVISOR = 1 << 3, 1 << 31  # leaf 1 ECX
+SVM, SVM_LEAF = 1 << 2, 0x8000000A  # leaf 0x80000001 ECX; and what the processor can do for KVM
+SVM_REVISION, SVM_FEATURES = 1, 1 << 0 | 1 << 3  # nested paging and saved next RIPs, without which there is no SEV
 OSXSAVE = 1 << 27  # leaf 1 ECX: follows CR4.OSXSAVE while the guest runs
 XSAVE_BYTES = fpu.FXSAVE_SIZE + 64  # legacy area and header: the model has no component beyond x87 and SSE
 
