@@ -12,6 +12,7 @@ pytestmark = [pytest.mark.gcc, pytest.mark.model]
 CASES = {
     "failed-exec": (),
     "exec": (),
+    "exec32": (),
     "few-fds": (),
     "storm": ("--platform", "sev,asids=1"),
     "faults": (),
@@ -22,5 +23,5 @@ CASES = {
 def test_hostile_programs(build: Build, case: str) -> None:
     done = Under("exec", options=CASES[case]).run(build("hostile"), case)
     if done.returncode == 77:
-        pytest.skip(f"needs {done.stdout.strip()}; get it: run as root, or set vm.unprivileged_userfaultfd=1")
+        pytest.skip(f"needs {done.stdout.strip()}; get it: CONFIG_IA32_EMULATION, or vm.unprivileged_userfaultfd=1")
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr

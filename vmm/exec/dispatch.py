@@ -389,6 +389,9 @@ class Dispatcher:
         if n.nr == calls.I386_IOCTL:
             self._answer(n, -errno.ENOTTY)
             return
+        if n.nr in (calls.I386_EXECVE, calls.I386_EXECVEAT):
+            self._exec(n)
+            return
         path = self._path(n, n.a0 if n.nr == calls.I386_OPEN else n.a1)
         name = absolute(path, n.tid, _AT_FDCWD if n.nr == calls.I386_OPEN else n.a0 & _U32)
         if name is None or not self._paths.concerns(name):

@@ -22,7 +22,7 @@ PREAD64, PWRITE64, READV, WRITEV, ACCESS, MREMAP, MADVISE, EXECVE = 17, 18, 19, 
 FTRUNCATE, READLINK, OPENAT, NEWFSTATAT, READLINKAT, FACCESSAT, FALLOCATE = 77, 89, 257, 262, 267, 269, 285
 PREADV, PWRITEV, EXECVEAT, PREADV2, PWRITEV2, STATX, OPENAT2, FACCESSAT2 = 295, 296, 322, 327, 328, 332, 437, 439
 # i386 ones
-I386_OPEN, I386_IOCTL, I386_OPENAT, I386_OPENAT2 = 5, 54, 295, 437
+I386_OPEN, I386_EXECVE, I386_IOCTL, I386_OPENAT, I386_EXECVEAT, I386_OPENAT2 = 5, 11, 54, 295, 358, 437
 
 KVMIO = 0xAE
 SEV_ISSUE_CMD = 0xC0105300  # the whole word: its type byte 'S' is also that of the CD-ROM ioctls
@@ -114,10 +114,10 @@ def program(high: int) -> bytes:
         (_RETURN, 0, 0, _NOTIFY),
         "allow",
         (_RETURN, 0, 0, _ALLOW),
-        "other",  # 32-bit code: its opens, to refuse /dev/kvm in words
+        "other",  # 32-bit code: its opens, to refuse /dev/kvm in words, and its execs
         (_EQUAL, 0, "absent", AUDIT_ARCH_I386),
         (_LOAD, 0, 0, _NR),
-        *((_EQUAL, "ask32", 0, nr) for nr in (I386_OPEN, I386_OPENAT, I386_OPENAT2)),
+        *((_EQUAL, "ask32", 0, nr) for nr in (I386_OPEN, I386_OPENAT, I386_OPENAT2, I386_EXECVE, I386_EXECVEAT)),
         (_EQUAL, 0, "allow32", I386_IOCTL),
         (_LOAD, 0, 0, _argument(1)),
         (_AND, 0, 0, 0xFF00),

@@ -32,6 +32,7 @@ _EVENT_CODE = 128  # PTRACE_EVENT_STOP: bits 8 and up of si_code of what PTRACE_
 _U64 = (1 << 64) - 1
 _FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP)
 _NAP, _LONG_NAP = 5e-5, 1e-3
+_TURN = 0.01  # seconds between two times of what is done meanwhile
 PATIENCE = 2.0  # seconds that a thread inside a system call has to come out of it
 
 _ptrace = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, use_errno=True)(
@@ -163,9 +164,9 @@ class Hold:
             nap = min(2 * nap, _LONG_NAP)
         return self._seen()
 
-    def let_go(self) -> None:
-        """Every thread goes on. Those that have not stopped yet go on when this OS thread ends."""
-        for tid in self._seized:
+    def let_go(self, but: int = 0) -> None:
+        """Every thread goes on, except `but`. Those that have not stopped yet go on when this OS thread ends."""
+        for tid in self._seized - {but}:
             with contextlib.suppress(OSError):
                 if not self.stopped(tid):
                     continue
@@ -174,7 +175,7 @@ class Hold:
                     request(DETACH, tid, None, number if why == Stop.SIGNAL and tid not in self._faulted else 0)
                 elif why != Stop.SIGNAL:
                     request(CONT, tid)
-        self._seized.clear()
+        self._seized &= {but}
 
     # ---- one stopped thread
     def registers(self, tid: int) -> Registers:
@@ -224,10 +225,12 @@ class Hold:
         return result - (1 << 64) if result >> 63 else result
 
 
-def elsewhere(job: Callable[[Here], None], run: Callable[[Callable[[], None]], None] | None) -> None:
+def elsewhere(
+    job: Callable[[Here], None], run: Callable[[Callable[[], None]], None] | None, meanwhile: Callable[[], None] = lambda: None
+) -> None:
     """Do a job in another OS thread, and come back when it is done: in the one where `run` runs things, or else in one of its
-    own. The job gets a function that calls another one in this thread and brings back its result. What the job raises
-    is raised here.
+    own. The job gets a function that calls another one in this thread and brings back its result; while that takes
+    long, the other OS thread does `meanwhile` again and again. What the job raises is raised here.
     """
     requests: queue.SimpleQueue[Callable[[], int] | None] = queue.SimpleQueue()
     replies: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
@@ -235,7 +238,12 @@ def elsewhere(job: Callable[[Here], None], run: Callable[[Callable[[], None]], N
 
     def here(function: Callable[[], int]) -> int:
         requests.put(function)
-        reply = replies.get()
+        while True:
+            try:
+                reply = replies.get(timeout=_TURN)
+                break
+            except queue.Empty:
+                meanwhile()
         if isinstance(reply, BaseException):
             raise reply
         return reply

@@ -5,7 +5,11 @@
    on its way back to user code
 3. copy the pages that exist, straight into our mapping of the backing
 4. let the caller's thread map the backing over its memory, with the `syscall` instruction it has just used
-5. the model's ioctl; its result into rax; let go
+5. the other threads go on: the ioctl may have to wait for one of them, which brings a page that it reads (userfaultfd)
+6. the model's ioctl; its result into rax; let go of the caller's thread
+
+A program can make us wait for ever all the same, in step 3 or 6, and with us whoever has memory to be converted. Such a
+program is killed.
 
 The mappings keep their protection. They lose what cannot be asked for: mlock, madvise and userfaultfd registrations.
 Later fork(2)s share the memory instead of copying it. A process whose address space another process shares (vfork,
@@ -19,6 +23,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Collection
 from typing import NamedTuple, Protocol
 
@@ -29,6 +36,8 @@ from vmm.exec.maps import Area, Maps
 _MMAP, _CLOSE = 9, 3
 _SHARED_FIXED = 0x01 | 0x10 | 0x4000  # MAP_SHARED | MAP_FIXED | MAP_NORESERVE
 _SYSCALL = b"\x0f\x05"
+_LIMIT, _LONGEST = 20.0, 1200.0  # seconds that a conversion may take, and that it may take longer because it is large
+_SLOWEST = 64 << 20  # bytes that it copies in one of them
 
 
 class Held(Protocol):
@@ -53,6 +62,9 @@ class Tracer(Protocol):
 
     def run(self, job: Callable[[], None]) -> None:
         """Do a job in it, and come back."""
+
+    def attend(self, but: int) -> None:
+        """In it, during a job: see to the threads that it traces, except `but`."""
 
 
 class Piece(NamedTuple):
@@ -79,7 +91,23 @@ class Conversion:
 
     def run(self, done: Callable[[], None], tracer: Tracer | None) -> None:
         """Do it, `done()`, then the action, and give its result to the process."""
-        ptrace.elsewhere(lambda here: self._traced(here, done), tracer.run if tracer is not None else None)
+        size = sum(piece.end - piece.start for piece in self._pieces)
+        limit = threading.Timer(_LIMIT + min(size / _SLOWEST, _LONGEST), self._end_it)
+        limit.daemon = True
+        with contextlib.suppress(RuntimeError):  # no more threads: then nobody looks
+            limit.start()
+        try:
+            if tracer is None:
+                ptrace.elsewhere(lambda here: self._traced(here, done), None)
+            else:
+                ptrace.elsewhere(lambda here: self._traced(here, done), tracer.run, lambda: tracer.attend(self._held.tid))
+        finally:
+            limit.cancel()
+
+    def _end_it(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(self._tgid, signal.SIGKILL)
+            print(f"sevmm exec: process {self._tgid} gives memory to a VM that it does not bring: killed", file=sys.stderr, flush=True)
 
     def _traced(self, here: Callable[[Callable[[], int]], int], done: Callable[[], None]) -> None:
         hold = ptrace.Hold(self._tgid)
@@ -100,6 +128,7 @@ class Conversion:
             except OSError as failure:
                 self.failure = failure
             done()
+            hold.let_go(but=held.tid)
             result = here(self._action)
             with contextlib.suppress(OSError):
                 registers = hold.registers(held.tid)

@@ -66,6 +66,8 @@ class Tracer:
         self._starting: dict[int, int] = {}  # threads to be stopped for the first time -> a `syscall` instruction of theirs
         self._leaving: set[int] = set()  # threads to be let go at their next stop
         self.active = False  # does CPUID fault in any program?
+        self._parked = 0  # a thread whose stops are a job's own
+        self._left: tuple[int, int] | None = None  # that thread and a signal of its, if the job has left it to us
         self._works = True  # until the kernel says that CPUID cannot fault
         self._programs: dict[tuple[int, int, int], bool] = {}  # executables: do they speak to KVM?
 
@@ -89,7 +91,7 @@ class Tracer:
                 replies.put((job(), None))
             except BaseException as failure:
                 replies.put((None, failure))
-            self._drain()  # stops that came while the job had the threads
+            self._after_job()
 
         self._jobs.put(whole)
         result, failure = replies.get()
@@ -138,6 +140,21 @@ class Tracer:
         """SIGCHLD came: see to everybody whose state changed. False when neither a child nor a traced thread is left."""
         return self.run(self._drain)
 
+    def attend(self, but: int) -> None:
+        """During a job that waits: see to everybody but this thread, which the job holds."""
+        self._parked = but
+        try:
+            self._drain()
+        finally:
+            self._parked = 0
+
+    def _after_job(self) -> None:
+        """Stops that came while the job had the threads."""
+        if self._left is not None:
+            (tid, number), self._left = self._left, None
+            self._handle(tid, number, 0)
+        self._drain()
+
     def _drain(self) -> bool:
         while True:
             try:
@@ -147,20 +164,27 @@ class Tracer:
             if not tid:
                 return True
             if os.WIFSTOPPED(status):
-                try:
-                    self._stopped(tid, os.WSTOPSIG(status), status >> 16)
-                except OSError:  # most often: killed while it was stopped
-                    with contextlib.suppress(OSError):
-                        ptrace.request(ptrace.CONT, tid)
+                self._handle(tid, os.WSTOPSIG(status), status >> 16)
             else:
                 self._starting.pop(tid, None)
                 self._leaving.discard(tid)
                 self._on_end(tid, status)
 
+    def _handle(self, tid: int, number: int, event: int) -> None:
+        try:
+            self._stopped(tid, number, event)
+        except OSError:  # most often: killed while it was stopped
+            with contextlib.suppress(OSError):
+                ptrace.request(ptrace.CONT, tid)
+
     def _stopped(self, tid: int, number: int, event: int) -> None:
         if event in (_EVENT_EXEC, _EVENT_EXIT):
             self._starting.pop(tid, None)
             ptrace.request(ptrace.DETACH, tid)
+            return
+        if tid == self._parked:
+            if not event and number != _SYSCALL_STOP:
+                self._left = tid, number
             return
         if tid in self._starting and event == _EVENT_STOP and number not in _STOPS:
             self._begin(tid, self._starting.pop(tid))

@@ -48,6 +48,23 @@ static int exec(void)
 	return 1;
 }
 
+/* The same by the 32-bit system call. */
+static int exec32(void)
+{
+	struct { char path[64], text[16], heir[8]; uint32_t words[4]; } *low;
+	long result;
+
+	low = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+	GUEST(&m, NULL, 16 * PAGE, OUT_FOR_EVER);
+	strcpy(low->path, "/proc/self/exe"), strcpy(low->heir, "heir"), sprintf(low->text, "%d", m.vm);
+	low->words[0] = ADDRESS(low->path), low->words[1] = ADDRESS(low->heir), low->words[2] = ADDRESS(low->text);
+	fcntl(m.vm, F_SETFD, 0);
+	asm volatile("int $0x80" : "=a"(result) : "a"(11), "b"(low->path), "c"(low->words), "d"(0) : "memory", "r8", "r9", "r10", "r11");
+	if ((int)result == -ENOSYS)
+		unavailable("a kernel that takes 32-bit system calls");
+	return 1;
+}
+
 /* No more fds: that is what the program hears. */
 static int few_fds(void)
 {
@@ -100,33 +117,71 @@ static int storm(void)
 	return verdict();
 }
 
-/* Guest RAM whose pages only the program itself can bring: it is not waited for while it is held. */
+/* The argument of the ioctl stands in memory that one thread takes away and another one brings back, while RAM becomes shared.
+ * `lazy` brings it once, and then never again.
+ */
+static int faulting, lazy;
+static char *page;
+static struct kvm_userspace_memory_region region;
+
+static void *dropper(void *nothing)
+{
+	for (;;)
+		madvise(page, PAGE, MADV_DONTNEED);
+}
+
+static void *bringer(void *nothing)
+{
+	static char source[PAGE] __attribute__((aligned(PAGE)));
+	struct uffdio_copy copy = { .dst = ADDRESS(page), .src = ADDRESS(source), .len = PAGE };
+	struct uffd_msg message;
+
+	for (int i = 0; read(faulting, &message, sizeof(message)) > 0; i++) {
+		memcpy(source, &region, sizeof(region));
+		if (!lazy || !i)
+			ioctl(faulting, UFFDIO_COPY, &copy);
+	}
+	return NULL;
+}
+
 static int faults(void)
 {
-	int memory = memfd_create("slow", 0), fd = syscall(SYS_userfaultfd, O_CLOEXEC);
+	struct uffdio_register range = { .mode = UFFDIO_REGISTER_MODE_MISSING, .range.len = PAGE };
 	struct uffdio_api api = { .api = UFFD_API };
-	struct uffdio_register range = { .mode = UFFDIO_REGISTER_MODE_MISSING };
-	void *ram;
-	int kvm, vm;
+	int kvm, vm, bad = 0;
+	pthread_t thread;
 
-	if (fd < 0)
-		unavailable("userfaultfd");
-	must(ftruncate(memory, 16 * PAGE), "ftruncate");
-	ram = mmap(NULL, 16 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, memory, 0);
-	must(ioctl(fd, UFFDIO_API, &api), "UFFDIO_API");
-	range.range.start = ADDRESS(ram), range.range.len = 16 * PAGE;
-	must(ioctl(fd, UFFDIO_REGISTER, &range), "UFFDIO_REGISTER");
+	faulting = syscall(SYS_userfaultfd, O_CLOEXEC);
+	if (faulting < 0)
+		unavailable("userfaultfd for faults in the kernel");
+	must(ioctl(faulting, UFFDIO_API, &api), "UFFDIO_API");
+	page = fresh_ram(PAGE), range.range.start = ADDRESS(page);
+	must(ioctl(faulting, UFFDIO_REGISTER, &range), "UFFDIO_REGISTER");
+	pthread_create(&thread, NULL, bringer, NULL);
 	kvm = must(open("/dev/kvm", O_RDWR), "/dev/kvm"), vm = must(ioctl(kvm, KVM_CREATE_VM, 0), "a VM");
-	expect("a slot", set_region(vm, 0, 0, ram, 16 * PAGE), 0);
-	expect("the VM", CHECK(vm), 1);
+	pthread_create(&thread, NULL, dropper, NULL);
+	for (int i = 0; i < 60; i++) {
+		char *ram = fresh_ram(16 * PAGE);
+
+		*ram = 1;
+		region = (struct kvm_userspace_memory_region){ i, 0, i * MIB, 16 * PAGE, ADDRESS(ram) };
+		bad += call(vm, KVM_SET_USER_MEMORY_REGION, page) != 0;
+	}
+	expect("slots that were refused", bad, 0);
 	return verdict();
+}
+
+static int never(void)
+{
+	lazy = 1;
+	return faults();
 }
 
 int main(int count, char **words)
 {
 	static const struct { const char *name; int (*does)(void); } all[] = {
-		{ "failed-exec", failed_exec }, { "exec", exec }, { "heir", heir }, { "few-fds", few_fds },
-		{ "storm", storm }, { "faults", faults },
+		{ "failed-exec", failed_exec }, { "exec", exec }, { "exec32", exec32 }, { "heir", heir }, { "few-fds", few_fds },
+		{ "storm", storm }, { "faults", faults }, { "never", never },
 	};
 
 	vm_fd = words[count - 1];
