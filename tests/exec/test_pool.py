@@ -44,7 +44,7 @@ def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None
         else:
             done.set()
 
-    pool = Pool(calls, handle)  # type: ignore[arg-type]
+    pool = Pool(calls, handle, lambda: False)  # type: ignore[arg-type]
     pool.start()
     start = pool._run
 
