@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.exec.conftest import Build
-from tests.exec.launching import Under, read_line, soon, terminal
+from tests.exec.launching import TREE, Under, read_line, soon, terminal
 
 pytestmark = [pytest.mark.gcc, pytest.mark.model]
 
@@ -109,6 +109,17 @@ def test_a_terminal_is_the_programs(build: Build) -> None:
             assert tty.ended() == 0
             under.nothing_left()
     assert seen["exec"] == seen["native"] and "terminal: 1 1 1" in seen["exec"] and "foreground: 1" in seen["exec"]
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_started_with_closed_streams(closed: str) -> None:
+    """The program finds them closed, too, and what we would say goes nowhere: not to the stream that is open."""
+    script = "n=10; for fd in 0 1 2; do test -e /proc/self/fd/$fd || n=$((n + 1)); done; exit $n"
+    line = f"exec \"$0\" -m vmm.cli exec --verbose -- sh -c '{script}' {closed}"
+    done = subprocess.run(["sh", "-c", line, sys.executable], cwd=TREE, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 10 + closed.count("&-")
+    assert done.stdout == ""
+    assert ("looked at" in done.stderr) is ("2>" not in closed)
 
 
 def test_control_c(build: Build, side: Under) -> None:

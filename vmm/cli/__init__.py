@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["guests"])
     0
     """
+    _stand_in_for_closed()
     try:
         code = _dispatch(argv)
         sys.stdout.flush()
@@ -43,6 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(describe(error))
         return status.VMM_FAILED
     return code
+
+
+def _stand_in_for_closed() -> None:
+    """Started with stdout or stderr closed (`>&-`): Python has None there, and its print would turn to the other one."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # for the rest of the process
 
 
 def _dispatch(argv: Sequence[str] | None) -> int:
