@@ -16,7 +16,7 @@ import pytest
 from kvmapi.abi import ioctls, kvm, structs
 from kvmapi.abi.run import kvm_run
 from kvmapi.model.caller import OwnMemory
-from vmm.exec.options import ExecOptions, machine
+from vmm.exec.options import CannotRecord, ExecOptions, machine
 from vmm.exec.record import LEAST_LIMIT, CallRecord, Recorder
 
 
@@ -163,5 +163,5 @@ def test_after_the_end_nothing_is_written(tmp_path: Path) -> None:
 
 
 def test_place_that_cannot_be_written() -> None:
-    with pytest.raises(OSError, match="Not a directory"):
+    with pytest.raises(CannotRecord, match="/dev/null/log cannot be written: not a directory"):
         Recorder(Path("/dev/null/log"), OPTIONS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +30,28 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, str]:
     )
     assert done.returncode == 0, done.stderr
     return (folder / "log").read_bytes(), done.stdout
+
+
+def test_a_new_file_is_its_owners_and_a_fifo_is_opened_once(tmp_path: Path) -> None:
+    log, pipe = tmp_path / "log", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "vmm.cli", "exec", "--record"]
+    subprocess.run([*command, str(log), "--", "true"], cwd=TREE, timeout=60, check=True)
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+    with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE) as reader:
+        try:
+            subprocess.run([*command, str(pipe), "--", "true"], cwd=TREE, timeout=60, check=True)
+            text = reader.communicate(timeout=10)[0]
+        finally:
+            reader.kill()
+    assert [json.loads(line).get("end") for line in text.splitlines()][-1] == "complete"
+
+
+def test_a_place_that_cannot_be_written_is_a_mistake() -> None:
+    command = [sys.executable, "-m", "vmm.cli", "exec", "--record", "/dev/null/log", "--", "echo", "started"]
+    done = subprocess.run(command, cwd=TREE, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "sevmm exec: /dev/null/log cannot be written: not a directory\n"
 
 
 def lines(recorded: tuple[bytes, str]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from vmm.cli import status
-from vmm.exec.options import RECORD_LIMIT, CannotExec, ExecOptions
+from vmm.exec.options import RECORD_LIMIT, CannotExec, CannotRecord, ExecOptions
 
 
 def run(options: argparse.Namespace) -> int:
@@ -20,8 +20,6 @@ def run(options: argparse.Namespace) -> int:
         return _refuse("which program? sevmm exec -- PROGRAM [ARG...]", status.USAGE)
     if options.record_limit is not None and options.record is None:
         return _refuse("--record-limit goes with --record FILE", status.USAGE)
-    if options.record is not None and (fault := _unwritable(options.record)):
-        return _refuse(f"{options.record} cannot be written: {fault}", status.USAGE)
     asked = ExecOptions(
         argv=tuple(words),
         machine=options.platform,
@@ -38,15 +36,8 @@ def run(options: argparse.Namespace) -> int:
         return supervise(asked)
     except CannotExec as reason:
         return _refuse(f"this host cannot: {reason}", status.UNSUPPORTED)
-
-
-def _unwritable(path: str) -> str:
-    """Why a recording cannot go there; better known before the program runs."""
-    try:
-        with open(path, "ab"):
-            return ""
-    except OSError as failure:
-        return (failure.strerror or str(failure)).lower()
+    except CannotRecord as reason:
+        return _refuse(str(reason), status.USAGE)
 
 
 def _refuse(text: str, code: int) -> int:

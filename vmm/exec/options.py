@@ -27,6 +27,10 @@ class CannotExec(Exception):
     """This host cannot do it: exit status 4. The text says what is missing and how to get it."""
 
 
+class CannotRecord(Exception):
+    """The recording's file cannot be written: exit status 2."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """Values for `kvmapi.model.platform.Platform`. `memlock` None: as the environment says (SEVMM_MODEL_MEMLOCK)."""

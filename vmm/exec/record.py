@@ -31,7 +31,7 @@ from weakref import WeakKeyDictionary
 from kvmapi.exits import Mapping as RunMapping
 from kvmapi.words import errno_words
 from vmm.exec.decode import Call, Decoder, exit_fields
-from vmm.exec.options import ExecOptions
+from vmm.exec.options import CannotRecord, ExecOptions
 
 LEAST_LIMIT = 8192
 _RESERVE = 1024  # for the last two lines
@@ -72,7 +72,7 @@ class Recorder:
     """The file being written. Any thread may call any method."""
 
     def __init__(self, path: Path, options: ExecOptions) -> None:
-        """Open and truncate `path`, and write the header. OSError where it cannot be written."""
+        """Open and truncate `path`, and write the header. CannotRecord where it cannot be written."""
         self._decoder = Decoder(options.dialect)
         self._limit = max(options.record_limit, LEAST_LIMIT)
         self._start = time.perf_counter()
@@ -84,7 +84,10 @@ class Recorder:
         self._flusher: threading.Thread | None = None
         self._closed = self._full = False
         self._failure = ""
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:  # once: a second open would lose the reader of a FIFO
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        except OSError as failure:
+            raise CannotRecord(f"{path} cannot be written: {(failure.strerror or str(failure)).lower()}") from failure
         header = json.dumps(_header(options, self._limit)).encode()
         if len(header) > self._limit - _RESERVE:
             header = json.dumps(_header(options, self._limit, arguments=False)).encode()
