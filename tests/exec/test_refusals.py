@@ -73,6 +73,7 @@ os.execv(sys.executable, [sys.executable, "-m", "vmm.cli", "exec", "--", "echo",
         (317, errno.ENOSYS, "--security-opt seccomp=unconfined"),
         (310, errno.EPERM, "the program's memory cannot be reached: EPERM"),
         (310, errno.ENOSYS, "SYS_PTRACE"),
+        (311, errno.EPERM, "the program's memory cannot be reached: EPERM"),
     ],
 )
 def test_as_a_container_forbids_it(call: int, number: int, words: str, tree: Path) -> None:

@@ -62,13 +62,17 @@ def memory_refused(number: int, yama: Path = _YAMA) -> CannotExec:
 
 
 def reach(child: int) -> int:
-    """0 if the memory of our `child`, which has not become another program yet, can be read; else the errno."""
+    """0 if the memory of our `child`, which has not become another program yet, can be read and written; else the errno."""
     libc = ctypes.CDLL(None, use_errno=True)
     here, there = ctypes.create_string_buffer(8), ctypes.create_string_buffer(8)
     local = (ctypes.c_uint64 * 2)(ctypes.addressof(here), 8)
     remote = (ctypes.c_uint64 * 2)(ctypes.addressof(there), 8)
     done = libc.process_vm_readv(child, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
-    return 0 if done == 8 or ctypes.get_errno() in (errno.ESRCH, errno.EFAULT) else ctypes.get_errno()
+    if done != 8 and ctypes.get_errno() not in (errno.ESRCH, errno.EFAULT):
+        return ctypes.get_errno()
+    if libc.process_vm_writev(child, None, 0, None, 0, 0) < 0:  # of nothing: whether a filter forbids the call itself
+        return 0 if ctypes.get_errno() == errno.ESRCH else ctypes.get_errno()
+    return 0
 
 
 def filtered(status: Path = _STATUS) -> bool:
