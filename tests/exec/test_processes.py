@@ -54,6 +54,14 @@ def test_programs_that_do_not_start(under: Under, tmp_path: Path) -> None:
         assert done.returncode == status and str(tmp_path / name) in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
+def test_missing_interpreter_is_named_as_the_reason(under: Under, tmp_path: Path) -> None:
+    (script := tmp_path / "script").write_text("#!/no/such/interpreter\n")
+    script.chmod(0o755)
+    done = under.run(script)
+    assert done.returncode == 126
+    assert done.stderr == f"sevmm exec: {script} cannot be executed: its interpreter or loader is missing\n"
+
+
 @pytest.mark.parametrize("vcpus", ["1", "3"])
 def test_killed_in_kvm_run(build: Build, side: Under, vcpus: str) -> None:
     process, pid = started(side, build, vcpus)

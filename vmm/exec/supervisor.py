@@ -153,9 +153,10 @@ class Supervisor:
         name = self.options.argv[0]
         found = launch.find(name)
         if found is None or (number == errno.ENOENT and not os.path.exists(found)):
-            self.say(f"{name}: there is no such program")
+            self.say(f"{name or repr(name)}: there is no such program")
             return launch.NOT_FOUND
-        self.say(f"{found} cannot be executed: {os.strerror(number).lower()}")
+        why = "its interpreter or loader is missing" if number == errno.ENOENT else os.strerror(number).lower()
+        self.say(f"{found} cannot be executed: {why}")
         return launch.NOT_EXECUTABLE
 
     def _still_running(self) -> None:
