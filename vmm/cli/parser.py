@@ -68,7 +68,14 @@ exit status: 0; 1 a test failed; 2 usage; 4 nothing could run here; 70 the VMM f
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """argparse whose errors are one line, and name the verb that did not understand."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; what a verb does not know is its own mistake, not that of `sevmm`."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         text = " ".join(message.removeprefix("argument ").split())
