@@ -73,7 +73,9 @@ class Facts:
             self.named: tuple[str, ...] = tuple(data["named"])
             self.known = {test: self._split(test, line) for test, line in data["exec"].items()}
             self._lab: dict[str, str] = {**data["lab"], **(kept or {})}
-        except (OSError, KeyError, AttributeError, TypeError, tomllib.TOMLDecodeError) as error:
+        except OSError as error:
+            raise Failure(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from error
+        except (KeyError, AttributeError, TypeError, tomllib.TOMLDecodeError) as error:
             raise Failure(f"{path}: {error!r}") from error
         strange = [test for test in (*self.named, *self.known) if test not in data["lab"]]
         if both := [test for test in self.named if test in self.known]:

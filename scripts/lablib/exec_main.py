@@ -28,7 +28,7 @@ LIMIT = 240.0
 """Seconds per test; as in the lab, where the slowest that passes takes 160."""
 
 _START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from vmm.cli import main; sys.exit(main())"
-_WIDTH = 40
+_WIDTH = 42
 
 
 def main(arguments: Sequence[str], prefix: Sequence[str] | None = None) -> int:
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="one JSON object on stdout when all have run")
     add("-j", "--jobs", type=_jobs, default=2, metavar="N", help="tests at a time (default %(default)s)")
     add("--limit", type=_seconds, default=LIMIT, metavar="S", help="seconds per test (default %(default)g)")
-    add("--platform", metavar="P", help="sevmm exec's --platform")
+    add("--platform", type=_platform, metavar="P", help="sevmm exec's --platform")
     add("--binaries", type=Path, metavar="DIR", help="where the tests are (default: the lab's cache, built when missing)")
     add("--facts", type=Path, metavar="FILE", help="what is expected (default: lablib/exec_selftests.toml)")
     return parser
@@ -85,6 +85,17 @@ def _jobs(text: str) -> int:
     if not 1 <= value <= 64:
         raise argparse.ArgumentTypeError(f"{text}: 1 to 64")
     return value
+
+
+def _platform(text: str) -> str:
+    """Refused here, once, instead of by each test."""
+    from vmm.exec.options import machine
+
+    try:
+        machine(text)
+    except ValueError as refusal:
+        raise argparse.ArgumentTypeError(str(refusal)) from None
+    return text
 
 
 def _seconds(text: str) -> float:

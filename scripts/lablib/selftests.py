@@ -128,7 +128,7 @@ def choose(names: list[str], patterns: list[str]) -> list[str]:
     for pattern in patterns:
         matches = {name for name in names if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name.rpartition("/")[2], pattern)}
         if not matches:
-            raise Failure(f"no selftest matches {pattern}; `scripts/lab selftests --list` has the names")
+            raise Failure(f"no selftest matches {pattern}; --list has the names")
         chosen |= matches
     return [name for name in names if name in chosen]
 

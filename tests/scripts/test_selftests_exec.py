@@ -144,6 +144,20 @@ def test_patterns(played: Played, capsys: pytest.CaptureFixture[str]) -> None:
     assert played.run("mu*", "limited", "--list") == 0
     assert capsys.readouterr().out.split() == ["limited", "x86/must"]
     assert played.run("nothing*") == 69
+    assert "--list has the names" in capsys.readouterr().err
+
+
+def test_platform_is_refused_before_anything_runs(played: Played, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        played.run("--platform", "snp")
+    out, err = capsys.readouterr()
+    assert out == "" and "'snp' is no platform" in err
+
+
+def test_facts_that_are_not_there(played: Played, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "facts.toml").unlink()
+    assert played.run() == 69
+    assert capsys.readouterr().err == f"selftests-exec: {tmp_path / 'facts.toml'} cannot be read: no such file or directory\n"
 
 
 def sleepers(seconds: str) -> list[int]:
