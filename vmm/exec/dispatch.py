@@ -40,7 +40,7 @@ _PATH_MAX = 4096
 _FIRST_READ = 96  # bytes of a path that are read at once: nearly every path is shorter
 _REGIONS = (ioctls.KVM_SET_USER_MEMORY_REGION, ioctls.KVM_SET_USER_MEMORY_REGION2)
 _REGION = struct.Struct("<IIQQQ")
-_BY_PATH_ALONE = frozenset((calls.OPEN, calls.ACCESS, calls.STAT, calls.LSTAT, calls.READLINK))  # the others have a directory first
+_BY_PATH_ALONE = frozenset((calls.OPEN, calls.ACCESS, calls.STAT, calls.LSTAT, calls.READLINK, *calls.XATTRS))  # others: a directory first
 _FD_LINK = re.compile(rb"(?:/proc/(self|thread-self|[0-9]{1,9})(?:/task/[0-9]+)?|/dev)/fd/([0-9]{1,9})")
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)  # ours, and as good as the kernel's
 _U32 = 0xFFFFFFFF
@@ -220,6 +220,8 @@ class Dispatcher:
         if n.nr in (calls.ACCESS, calls.FACCESSAT, calls.FACCESSAT2):
             wanted = n.a1 if n.nr == calls.ACCESS else n.a2
             return -errno.EACCES if wanted & 7 & ~(mode >> 6) else 0
+        if n.nr in calls.XATTRS:
+            return -errno.ENODATA if n.nr in (calls.GETXATTR, calls.LGETXATTR) else 0  # none
         memory = self._up.peek(n.tid)
         if n.nr in (calls.READLINK, calls.READLINKAT):
             return -errno.EINVAL  # no link

@@ -1,6 +1,7 @@
 /* What a program can ask about the device nodes before it opens them, by every call and path there is. Argument: the node. */
 #include "mini.h"
 #include <sys/sysmacros.h>
+#include <sys/xattr.h>
 
 struct open_how_ { uint64_t flags, mode, resolve; };
 
@@ -28,6 +29,10 @@ int main(int argc, char **argv)
 	expect("faccessat of /dev", number(faccessat(dev, name, R_OK | W_OK, 0)), 0);
 	expect("eaccess", number(faccessat(AT_FDCWD, node, R_OK | W_OK, AT_EACCESS)), 0);
 	expect("readlink", number(readlink(node, text, sizeof(text))), -EINVAL);
+	expect("getxattr", number((int)getxattr(node, "user.none", text, sizeof(text))), -ENODATA);
+	expect("lgetxattr", number((int)lgetxattr(node, "system.posix_acl_access", text, sizeof(text))), -ENODATA);
+	expect("listxattr", listxattr(node, text, sizeof(text)) >= 0, 1);
+	expect("llistxattr", llistxattr(node, text, sizeof(text)) >= 0, 1);
 	expect("stat with a slash behind it fails", stat(strcat(strcpy(text, node), "/"), &two), -1);
 
 	snprintf(dotted, sizeof(dotted), "/dev/../dev//./%s", name);
