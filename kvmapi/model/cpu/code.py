@@ -29,6 +29,7 @@ from collections.abc import Callable
 
 from kvmapi.model.caller import PAGE
 from kvmapi.model.cpu import blocks, hazards, scan
+from kvmapi.model.cpu.compare import Comparison
 from kvmapi.model.cpu.marks import EXIT, NONE, STOP, WATCH, Marks
 from kvmapi.model.cpu.native import Native
 from kvmapi.model.cpu.scan import Site
@@ -82,7 +83,8 @@ class CodePage:
         kinds = {at: site.kind for sites in found for at, site in sites.items()}
         self.watches = frozenset(at for at, kind in kinds.items() if kind in scan.WATCHED)
         self.stops = frozenset(kinds.keys() - self.watches)
-        self.stamp = self.seen = self._stamp()
+        self.stamp = self._stamp()
+        self.seen: bytearray | int = self.stamp if isinstance(self.stamp, int) else bytearray(self.stamp)
 
     def _scan(self, bits: int, va: int) -> dict[int, Site]:
         copy = bytearray(PAGE + len(self.tail))
@@ -105,7 +107,10 @@ class CodePage:
 
     def look(self) -> None:
         """What stands here now is the guest's own doing."""
-        self.seen = self._stamp()
+        if isinstance(self.seen, int):
+            self.seen = zlib.crc32(self.view)
+        else:
+            self.seen[:] = self.view  # it stays where it is
 
     def _stamp(self) -> bytes | int:
         return zlib.crc32(self.view) if self.secret else bytes(self.view)
@@ -134,6 +139,8 @@ class CodeCache:
         self.pointers: dict[int, set[int]] = {}  # where our process sees a page -> its virtual pages
         self.mixed: set[int] = set()  # virtual pages that are executed and stored to
         self._marks = Marks(native, watching)
+        self._compared = Comparison()  # by virtual page: what stands there and what is to
+        self._secrets: dict[int, CodePage] = {}  # those of which there is a checksum only
         self._store_hooks: list[int] = []
         self._flushing = False
         self.stale = False  # a block may have been translated without a hook that it needs: `flush_blocks` before going on
@@ -156,7 +163,7 @@ class CodeCache:
             tail = b""
             with contextlib.suppress(Exception):  # the next page may be anything: then no instruction continues there
                 tail = self._read(va + PAGE, _TAIL)
-            page = self._pages[va] = CodePage(va, pointer, tail, self.secret, self.watch_flags, self.more)
+            page = self._add(va, CodePage(va, pointer, tail, self.secret, self.watch_flags, self.more))
             if pointer not in self.pointers:
                 self.pointers[pointer] = set()
                 self._store_hooks.append(self._native.hook_stores_at(address))
@@ -170,11 +177,22 @@ class CodeCache:
         before = self._pages.get(va - PAGE)
         if before is not None and before.tail != page.head():
             # An instruction may reach from the page before into this one, and was scanned without it.
-            self._pages[va - PAGE] = again = CodePage(va - PAGE, before.pointer, page.head(), self.secret, self.watch_flags, self.more)
+            again = CodePage(va - PAGE, before.pointer, page.head(), self.secret, self.watch_flags, self.more)
+            self._add(va - PAGE, again)
             if again.stops - before.stops or again.watches - before.watches or again.exits() - before.exits():
                 self._hook(va - PAGE, again)
                 self.stale = True
                 raise Retranslate
+
+    def _add(self, va: int, page: CodePage) -> CodePage:
+        """A page was scanned, perhaps again."""
+        self._pages[va] = page
+        self._compared.put(va, page.pointer, None if isinstance(page.seen, int) else page.seen)
+        if page.secret:
+            self._secrets[va] = page
+        else:
+            self._secrets.pop(va, None)
+        return page
 
     def stored(self, pointer: int) -> None:
         """The guest may from now on store to a page of `pointers`: changes of it are its own doing."""
@@ -217,10 +235,8 @@ class CodeCache:
 
     def verify(self) -> None:
         """Someone else had a turn: throw translations away if any code page differs from what was scanned."""
-        for page in self._pages.values():  # at every entry: `current` without its calls
-            if (zlib.crc32(page.view) if page.secret else bytes(page.view)) != page.seen:
-                self.flush()
-                return
+        if not self._compared.same() or any(zlib.crc32(page.view) != page.seen for page in self._secrets.values()):
+            self.flush()
 
     def flush_blocks(self) -> None:
         """Translate everything again, with the hooks that are there now. Not from inside the engine."""
@@ -239,6 +255,8 @@ class CodeCache:
         finally:
             self._flushing = False
         self._pages.clear()
+        self._compared.clear()
+        self._secrets.clear()
         self.pointers.clear()
         self.mixed.clear()
         self._store_hooks.clear()
