@@ -7,6 +7,10 @@ ours is left for the tracer to see.
 
 Whether a thread has stopped is asked with PTRACE_GETSIGINFO, never with wait(2): a wait could take the exit status of
 a child away from whoever launched it.
+
+Every wait has a limit: the program may have been made so that what we let it do never ends. A thread that runs is stopped
+again, and has its registers back. One that the kernel keeps for longer than anything we ask for can take is killed with
+its process: it would go on with registers that are not its own.
 """
 
 from __future__ import annotations
@@ -30,10 +34,11 @@ TRACESYSGOOD = 1
 _SYSCALL_CODE = signal.SIGTRAP | 0x80  # si_code of the stops of PTRACE_SYSCALL
 _EVENT_CODE = 128  # PTRACE_EVENT_STOP: bits 8 and up of si_code of what PTRACE_INTERRUPT makes, and of group stops
 _U64 = (1 << 64) - 1
-_FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP)
+_FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS)
 _NAP, _LONG_NAP = 5e-5, 1e-3
 _TURN = 0.01  # seconds between two times of what is done meanwhile
 PATIENCE = 2.0  # seconds that a thread inside a system call has to come out of it
+LAST = 30.0  # seconds after which a thread that we made enter the kernel is given up: unmapping much memory takes a while
 
 _ptrace = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, use_errno=True)(
     ("ptrace", ctypes.CDLL(None, use_errno=True))
@@ -122,15 +127,15 @@ class Hold:
                         raise
                     quiet.add(tid)
             waiting = self._seized - quiet
+            limit = time.monotonic() + PATIENCE  # for all of them: they were asked at once
             for tid in waiting:
-                self._settle(tid, busy)
+                self._settle(tid, busy, limit)
             quiet |= waiting
             if not new:
                 return
 
-    def _settle(self, tid: int, busy: Callable[[], Collection[int]]) -> None:
+    def _settle(self, tid: int, busy: Callable[[], Collection[int]], limit: float) -> None:
         """Wait until the thread can run no instruction."""
-        limit = time.monotonic() + PATIENCE
         nap = _NAP
         while not self.stopped(tid):
             now = state(self._tgid, tid)
@@ -155,11 +160,22 @@ class Hold:
         return (Stop.SYSCALL if code == _SYSCALL_CODE else Stop.SIGNAL), number
 
     def wait(self, tid: int) -> tuple[Stop, int]:
-        """Wait for a stop of `tid`: why, and the signal. ProcessLookupError when the thread is gone."""
-        nap = _NAP
+        """Wait for a stop of `tid`: why, and the signal. It is asked to stop after PATIENCE, and killed after LAST.
+        ProcessLookupError when the thread is gone.
+        """
+        nap, began, asked = _NAP, time.monotonic(), False
         while not self.stopped(tid):
             if state(self._tgid, tid) in "ZX":
                 raise ProcessLookupError(errno.ESRCH, "the thread has ended")
+            waited = time.monotonic() - began
+            if waited > PATIENCE and not asked:
+                asked = True
+                with contextlib.suppress(OSError):
+                    self.interrupt(tid)
+            if waited > LAST:
+                with contextlib.suppress(OSError):
+                    os.kill(self._tgid, signal.SIGKILL)
+                raise ProcessLookupError(errno.ESRCH, "the thread does not stop: its process was killed")
             time.sleep(nap)
             nap = min(2 * nap, _LONG_NAP)
         return self._seen()
@@ -173,7 +189,7 @@ class Hold:
                 why, number = self._seen()
                 if tid not in self._kept:
                     request(DETACH, tid, None, number if why == Stop.SIGNAL and tid not in self._faulted else 0)
-                elif why != Stop.SIGNAL:
+                elif why != Stop.SIGNAL or tid in self._faulted:
                     request(CONT, tid)
         self._seized &= {but}
 
@@ -205,8 +221,10 @@ class Hold:
 
     def call(self, tid: int, instruction: int, number: int, *arguments: int) -> int:
         """Let it make a system call with the `syscall` instruction at `instruction`: the result, or -errno. OSError
-        (EFAULT) when there is no such instruction any more, ProcessLookupError when it is gone.
+        (EFAULT) when there is no such instruction any more, or a filter of the program refuses the call by a signal;
+        TimeoutError when it does something else there, or is stopped again and again; ProcessLookupError when it is gone.
         """
+        limit = time.monotonic() + PATIENCE
         registers = self.registers(tid)
         values = [value & _U64 for value in arguments] + [0] * (6 - len(arguments))
         registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9 = values
@@ -220,6 +238,8 @@ class Hold:
                 if why == Stop.SIGNAL and signal_ in _FAULTS:
                     self._faulted.add(tid)
                     raise OSError(errno.EFAULT, f"signal {signal_} instead of a system call")
+                if time.monotonic() > limit:
+                    raise TimeoutError(errno.ETIMEDOUT, f"thread {tid} makes no system call")
                 request(SYSCALL, tid, None, signal_ if why == Stop.SIGNAL else 0)
         result = int(self.registers(tid).rax)
         return result - (1 << 64) if result >> 63 else result
