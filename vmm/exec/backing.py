@@ -4,7 +4,9 @@ A backing is a sparse memfd in which a page stands at the offset that equals its
 conversion. So neighbours that are converted one after the other become one mapping again, there and here.
 
 A page of a backing is given out once: when the process converts an address again, its old memory may live on in a
-forked child or where mremap moved it. `home` says which range a backing serves; a second generation is a new backing.
+forked child or where mremap moved it. A backing serves the mapping it was made for, and small ones beside that (`join`),
+so that thousands of small slots do not need thousands of files; a second generation is a new backing. What the process
+unmaps is free when the whole backing is dead: hence small ones only.
 
 A backing is dead when no process has it open or mapped any more. The kernel says so: a write lease is granted only when
 there is no other open file (fcntl(2), F_SETLEASE). For that to count, all files of it come from open(2): one made by
@@ -21,10 +23,12 @@ import mmap
 import os
 import stat
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator
 
 PAGE = 4096
 MOST = 1024  # backings, of all processes
+TOGETHER = 64 << 20  # bytes that mappings in one backing may span
 _TOP = 1 << 47
 _PUNCH = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -44,7 +48,8 @@ class Backing:
     def __init__(self, start: int, end: int) -> None:
         self.start = start
         self.end = end
-        self.conversions = 0
+        self._starts = [start]  # of the mappings, up to the next one
+        self._conversions = [0]  # in each of them
         self._used: list[tuple[int, int]] = []
         made = os.memfd_create("guest-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -64,14 +69,31 @@ class Backing:
         """Can [start, end) be converted into it?"""
         return self.start <= start and end <= self.end and all(end <= first or last <= start for first, last in self._used)
 
+    def join(self, start: int, end: int) -> bool:
+        """Serve the mapping [start, end), too, if it is beside the others and all are small."""
+        if max(end, self.end) - min(start, self.start) > TOGETHER or (end != self.start and start != self.end):
+            return False
+        at = 0 if end == self.start else len(self._starts)
+        self._starts.insert(at, start)
+        self._conversions.insert(at, 0)
+        self.start, self.end = min(start, self.start), max(end, self.end)
+        return True
+
+    def conversions(self, address: int) -> int:
+        """How many there were in the mapping that had `address`."""
+        return self._conversions[bisect_right(self._starts, address) - 1]
+
     def take(self, start: int, end: int) -> None:
         """[start, end) is converted."""
-        self.conversions += 1
-        for at, (first, last) in enumerate(self._used):
-            if last == start or end == first:
-                self._used[at] = (min(first, start), max(last, end))
-                return
-        self._used.append((start, end))
+        self._conversions[bisect_right(self._starts, start) - 1] += 1
+        touching = [run for run in self._used if run[1] == start or run[0] == end]
+        self._used = [run for run in self._used if run not in touching]
+        self._used.append((min([start, *(run[0] for run in touching)]), max([end, *(run[1] for run in touching)])))
+
+    @property
+    def used(self) -> bool:
+        """Was anything converted into it?"""
+        return bool(self._used)
 
     @contextlib.contextmanager
     def mapped(self, offset: int, size: int) -> Iterator[int]:
@@ -123,7 +145,7 @@ def find(device: int, inode: int) -> Backing | None:
 def reap() -> list[Backing]:
     """Close those that nobody has any more. Returns them."""
     with _lock:
-        gone = [backing for backing in _all.values() if backing.conversions and backing.dead()]
+        gone = [backing for backing in _all.values() if backing.used and backing.dead()]
     for backing in gone:
         backing.close()
     return gone

@@ -35,7 +35,7 @@ _SYSCALL_CODE = signal.SIGTRAP | 0x80  # si_code of the stops of PTRACE_SYSCALL
 _EVENT_CODE = 128  # PTRACE_EVENT_STOP: bits 8 and up of si_code of what PTRACE_INTERRUPT makes, and of group stops
 _U64 = (1 << 64) - 1
 _FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS)
-_NAP, _LONG_NAP = 5e-5, 1e-3
+_NAP, _LONG_NAP, _GLANCES = 5e-5, 1e-3, 16
 _TURN = 0.01  # seconds between two times of what is done meanwhile
 PATIENCE = 2.0  # seconds that a thread inside a system call has to come out of it
 LAST = 30.0  # seconds after which a thread that we made enter the kernel is given up: unmapping much memory takes a while
@@ -163,6 +163,10 @@ class Hold:
         """Wait for a stop of `tid`: why, and the signal. It is asked to stop after PATIENCE, and killed after LAST.
         ProcessLookupError when the thread is gone.
         """
+        for _ in range(_GLANCES):  # most often it is a matter of microseconds
+            if self.stopped(tid):
+                return self._seen()
+            os.sched_yield()
         nap, began, asked = _NAP, time.monotonic(), False
         while not self.stopped(tid):
             if state(self._tgid, tid) in "ZX":
@@ -246,10 +250,10 @@ class Hold:
 
 
 def elsewhere(
-    job: Callable[[Here], None], run: Callable[[Callable[[], None]], None] | None, meanwhile: Callable[[], None] = lambda: None
+    job: Callable[[Here], None], post: Callable[[Callable[[], None]], None] | None, meanwhile: Callable[[], None] = lambda: None
 ) -> None:
-    """Do a job in another OS thread, and come back when it is done: in the one where `run` runs things, or else in one of its
-    own. The job gets a function that calls another one in this thread and brings back its result; while that takes
+    """Do a job in another OS thread, and come back when it is done: in the one that does what is given to `post`, or else
+    in one of its own. The job gets a function that calls another one in this thread and brings back its result; while that takes
     long, the other OS thread does `meanwhile` again and again. What the job raises is raised here.
     """
     requests: queue.SimpleQueue[Callable[[], int] | None] = queue.SimpleQueue()
@@ -276,7 +280,10 @@ def elsewhere(
         finally:
             requests.put(None)
 
-    threading.Thread(target=whole if run is None else lambda: run(whole), name="conversion", daemon=True).start()
+    if post is not None:
+        post(whole)
+    else:
+        threading.Thread(target=whole, name="conversion", daemon=True).start()
     while (function := requests.get()) is not None:
         try:
             replies.put(function())

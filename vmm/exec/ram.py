@@ -95,8 +95,9 @@ class Ram:
                 first, last = max(area.start, part.start & -area.page), min(area.end, (part.end + area.page - 1) & -area.page)
                 try:
                     chosen = self._backing(area, first, last)
-                    if chosen.conversions >= _STEPS and area.name != b"[stack]":
-                        ahead = (last - first) * _GROWTH ** min(chosen.conversions - 1, 16)
+                    before = chosen.conversions(first)
+                    if before >= _STEPS and area.name != b"[stack]":
+                        ahead = (last - first) * _GROWTH ** min(before - 1, 16)
                         more = max(area.start, first - ahead & -area.page), min(area.end, last + ahead & -area.page)
                         if chosen.serves(*more) and more[0] <= first and last <= more[1]:
                             first, last = more
@@ -109,6 +110,9 @@ class Ram:
     def _backing(self, area: Area, start: int, end: int) -> Backing:
         for known in self._backings:
             if known.serves(start, end):
+                return known
+        for known in self._backings:
+            if known.join(area.start, area.end):
                 return known
         made = backings.new(area.start, area.end)
         self._backings.append(made)

@@ -60,8 +60,8 @@ class Held(Protocol):
 class Tracer(Protocol):
     """The OS thread that traces, if there is one."""
 
-    def run(self, job: Callable[[], None]) -> None:
-        """Do a job in it, and come back."""
+    def post(self, job: Callable[[], None]) -> None:
+        """Have it do a job; come back at once."""
 
     def attend(self, but: int) -> None:
         """In it, during a job: see to the threads that it traces, except `but`."""
@@ -100,7 +100,7 @@ class Conversion:
             if tracer is None:
                 ptrace.elsewhere(lambda here: self._traced(here, done), None)
             else:
-                ptrace.elsewhere(lambda here: self._traced(here, done), tracer.run, lambda: tracer.attend(self._held.tid))
+                ptrace.elsewhere(lambda here: self._traced(here, done), tracer.post, lambda: tracer.attend(self._held.tid))
         finally:
             limit.cancel()
 

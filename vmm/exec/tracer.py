@@ -99,6 +99,15 @@ class Tracer:
             raise failure
         return result  # type: ignore[no-any-return]
 
+    def post(self, job: Callable[[], None]) -> None:
+        """Have a job, which raises nothing, done in the tracer's thread; come back at once."""
+
+        def whole() -> None:
+            job()
+            self._drain()
+
+        self._jobs.put(whole)
+
     # ---- whom to follow
     def follow(self, tid: int, ip: int) -> None:
         """A new program image made its first open(2), and waits for the answer: if it speaks to KVM, it is followed. `ip` is

@@ -70,7 +70,7 @@ class Watch:
         gone = []
         for start, (end, before) in self._used.items():
             now = self._maps.next(start)
-            if (now is None or now.start >= end) if before is None else now == before:
+            if (now is None or now.start >= end) if before is None else _still(before, now):
                 continue
             gone.append((start, end))
         for start, _ in gone:
@@ -99,3 +99,10 @@ class Watch:
             for vm in vms:
                 with contextlib.suppress(OSError), vm.paused():
                     pass  # whoever enters afterwards sees that there was a change
+
+
+def _still(before: Area, now: Area | None) -> bool:
+    """Is the mapping what it was? It may have grown: neighbours that continue each other are one for the kernel."""
+    if now is None or now.start > before.start or now.end < before.end:
+        return False
+    return now._replace(start=before.start, end=before.end, offset=now.offset + before.start - now.start) == before
