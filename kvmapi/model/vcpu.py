@@ -213,6 +213,7 @@ class VcpuFile(File):
 
     def _run_locked(self, caller: Caller) -> int:
         vm, cpu = self.vm, self.cpu
+        out = bool(self.page.memory[IMMEDIATE_EXIT])  # looked at once: what interrupts later is KVM_EXIT_INTR
         self.clock.caller = caller
         if not vm.sev.may_run():
             raise Errno(errno.EINVAL)
@@ -226,38 +227,37 @@ class VcpuFile(File):
             cpu.events.window_wanted, cpu.attention = window, True
         # What the last exit left is finished even when user space wants out again; otherwise nobody waits for nothing.
         if not self._enter_engine(None if cpu.privileged.unfinished else self._leaving):
+            if not out:
+                self.page.head(kvm.KVM_EXIT_INTR)
             self._after_run()
             if valid:
                 sync_regs.give(self, valid)
             return -errno.EINTR
         try:
-            return self._run_guest()
+            return self._run_guest(out)
         finally:
             self._leave_engine()
             self._after_run()
             if valid:
                 sync_regs.give(self, valid)
 
-    def _run_guest(self) -> int:
-        """Everything between taking the engine and giving it back."""
+    def _run_guest(self, out: bool) -> int:
+        """Everything between taking the engine and giving it back. `out`: only what the last exit left is to be finished."""
         cpu, activity, lock, page = self.cpu, self.activity, self.vm.lock, self.page
         self.clock.before_entry()
         result, entering = cpu.privileged.complete(), True
         if cpu.lapic is not None:
             if activity.state == kvm.KVM_MP_STATE_UNINITIALIZED and result is None:
-                return self._wait_to_be_started()
+                return -errno.EINTR if out else self._wait_to_be_started()
             activity.settle()
         while result is None or result >= KICKED:
+            if result == HALTED:
+                activity.halt()  # whatever follows: the instruction is done
             if page.memory[IMMEDIATE_EXIT] or self.inside.interrupted:
-                if result == KICKED:
-                    page.head(kvm.KVM_EXIT_INTR)
-                return -errno.EINTR
+                return -errno.EINTR if out else page.head(kvm.KVM_EXIT_INTR) - errno.EINTR
             if result == KICKED and not self._hand_over():
                 return page.head(kvm.KVM_EXIT_INTR) - errno.EINTR
-            if result == HALTED:
-                activity.halt()
-                activity.settle()
-            elif activity.asked:
+            if result == HALTED or activity.asked:
                 activity.settle()
             if not activity.runs:
                 result = self._sleep()

@@ -1,0 +1,105 @@
+"""What a KVM_RUN that ends with EINTR leaves behind: the reason it ended, and all that the guest has done.
+
+Source: kvm_arch_vcpu_ioctl_run and vcpu_run in arch/x86/kvm/x86.c. With immediate_exit the guest is not entered, and the
+reason of the last exit stays; a signal says KVM_EXIT_INTR.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from errno import EINTR
+from typing import Any
+
+import pytest
+
+from kvmapi.abi import kvm
+from kvmapi.exits import Hlt, Io
+from kvmapi.model.vcpu import VcpuFile
+from tests.conformance.snippets import LongGuest, Machine, code
+from tests.model.test_idle_vcpus import file_of
+
+pytestmark = pytest.mark.model
+HLT = code("f4", "hlt")
+TWICE = code("e6 10 e6 11 f4", "out 0x10, al; out 0x11, al; hlt")
+
+
+class WithApic(LongGuest):
+    """The VM has interrupt controllers, in which HLT stays in KVM_RUN."""
+
+    def add_vcpu(self) -> Any:
+        if not self.vcpus:
+            self.vm.create_irqchip()
+        return super().add_vcpu()
+
+
+def vcpu_file(host: Any, guest: Machine) -> VcpuFile:
+    return file_of(host, guest.vcpu.fd)
+
+
+def test_immediate_exit_keeps_the_last_reason(model_host: Any) -> None:
+    with LongGuest(model_host, TWICE) as guest:
+        assert isinstance(guest.run(), Io)
+        guest.vcpu.request_exit()
+        assert guest.vcpu.run() == EINTR and guest.vcpu.kvm_run.exit_reason == kvm.KVM_EXIT_IO
+        assert guest.vcpu.run() == EINTR and guest.vcpu.kvm_run.exit_reason == kvm.KVM_EXIT_IO
+        guest.vcpu.request_exit(False)
+        assert isinstance(guest.run(), Io) and guest.run() == Hlt()
+
+
+def test_a_signal_before_the_guest_is_entered(model_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last exit is finished, and the signal has come by then."""
+    with LongGuest(model_host, TWICE) as guest:
+        assert isinstance(guest.run(), Io)
+        file = vcpu_file(model_host, guest)
+        finish = file.cpu.privileged.complete
+
+        def interrupted() -> int | None:
+            file.inside.interrupted = True
+            return finish()
+
+        monkeypatch.setattr(file.cpu.privileged, "complete", interrupted)
+        assert guest.vcpu.run() == EINTR and guest.vcpu.kvm_run.exit_reason == kvm.KVM_EXIT_INTR
+        monkeypatch.undo()
+        assert isinstance(guest.run(), Io) and guest.run() == Hlt()
+
+
+def test_a_signal_while_others_have_the_engine(model_host: Any) -> None:
+    with LongGuest(model_host, TWICE) as guest:
+        guest.vcpu.kvm_run.exit_reason = kvm.KVM_EXIT_MMIO
+        before = signal.signal(signal.SIGUSR1, lambda _number, _frame: None)
+        try:
+            thread = threading.get_ident()
+            vm = vcpu_file(model_host, guest).vm
+            with_engine, done = threading.Event(), threading.Event()
+            threading.Thread(target=lambda: hold(vm.paused, with_engine, done), daemon=True).start()
+            assert with_engine.wait(10)
+            threading.Thread(target=lambda: (time.sleep(0.1), signal.pthread_kill(thread, signal.SIGUSR1)), daemon=True).start()
+            assert guest.vcpu.run() == EINTR and guest.vcpu.kvm_run.exit_reason == kvm.KVM_EXIT_INTR
+        finally:
+            done.set()
+            signal.signal(signal.SIGUSR1, before)
+
+
+def hold(paused: Callable[[], Any], begun: threading.Event, end: threading.Event) -> None:
+    with paused():
+        begun.set()
+        end.wait(20)
+
+
+def test_hlt_is_not_undone(model_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """User space wants KVM_RUN to end at the moment when the guest executes HLT: it is halted, then and afterwards."""
+    with WithApic(model_host, HLT) as guest:
+        file = vcpu_file(model_host, guest)
+        go = file.cpu.go
+
+        def interrupted() -> int:
+            result = go()
+            guest.vcpu.request_exit()
+            return result
+
+        monkeypatch.setattr(file.cpu, "go", interrupted)
+        assert guest.vcpu.run() == EINTR and guest.vcpu.kvm_run.exit_reason == kvm.KVM_EXIT_INTR
+        assert guest.vcpu.get_mp_state() == kvm.KVM_MP_STATE_HALTED
