@@ -8,15 +8,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from kvmapi.model.caller import PAGE, Errno
 from vmm.exec import backing, copying, views
-from vmm.exec.maps import Area, Maps
+from vmm.exec.maps import Area, Maps, cut
 from vmm.exec.mirror import Mirror
 from vmm.exec.ram import Ram
 from vmm.exec.views import GRAIN, MIRROR, NOTHING, Paint, View
+from vmm.exec.watch import Watch
 
 
 def private(pages: int) -> tuple[mmap.mmap, int]:
@@ -98,6 +100,19 @@ def test_a_backing_dies_with_its_last_user() -> None:
         os.close(theirs)
         assert made not in backing.reap() and backing.find(*made.key) is made
     assert made in backing.reap() and backing.find(*made.key) is None
+
+
+def test_small_neighbours_share_a_backing() -> None:
+    made = backing.new(16 * PAGE, 20 * PAGE)
+    assert made.join(12 * PAGE, 16 * PAGE) and made.join(20 * PAGE, 21 * PAGE)
+    assert not made.join(22 * PAGE, 23 * PAGE), "there is a gap"
+    assert not made.join(21 * PAGE, 21 * PAGE + backing.TOGETHER), "much memory would stay until the last of it is gone"
+    made.take(16 * PAGE, 18 * PAGE)
+    made.take(18 * PAGE, 19 * PAGE)
+    assert [made.conversions(page * PAGE) for page in (12, 15, 16, 19, 20)] == [0, 0, 2, 2, 0]
+    made.take(12 * PAGE, 16 * PAGE)
+    assert not made.serves(12 * PAGE, 13 * PAGE) and not made.serves(18 * PAGE, 20 * PAGE) and made.serves(19 * PAGE, 21 * PAGE)
+    made.close()
 
 
 def test_nobody_can_cut_a_backing() -> None:
@@ -219,3 +234,18 @@ def test_ram_of_a_process_that_has_ended() -> None:
     with pytest.raises(Errno):
         ram.pointer(at, PAGE)
     assert shared[:3] == b"abc"
+
+
+# ---- watching
+def test_a_mapping_that_has_grown_is_no_change() -> None:
+    memory = mmap.mmap(-1, 4 * PAGE)
+    at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    maps, gone = Maps(os.getpid()), []
+    watch = Watch(maps, threading.RLock(), gone.extend)
+    whole = maps.area(at)
+    assert whole is not None
+    watch.use(at + PAGE, at + 3 * PAGE, cut(whole, at + PAGE, at + 3 * PAGE))
+    assert not watch.look() and gone == []
+    ctypes.CDLL(None).mprotect(ctypes.c_void_p(at + 2 * PAGE), ctypes.c_size_t(PAGE), 1)
+    assert watch.look() and gone == [(at + PAGE, at + 3 * PAGE)]
+    maps.close()
