@@ -79,6 +79,11 @@ class Memory(Protocol):
         encryption.
         """
 
+    def standing(self, address: int, size: int) -> int | None:
+        """Where the range stands in our process whatever the caller maps there, for as long as guests use the memory: what
+        `pointer` shows of it is there, too. None where nothing is reserved for it.
+        """
+
     def accessible(self, address: int, write: bool) -> bool:
         """Can the page at `address` be read (and written, if asked) now?"""
 
@@ -199,6 +204,10 @@ class OwnMemory(ProcessMemory):
 
     def pointer(self, address: int, size: int) -> int:
         return address
+
+    def standing(self, address: int, size: int) -> int | None:
+        """Never: what is around a slot is no guest's business, and ours."""
+        return None
 
     def watch(self, vm: Stoppable) -> None:
         """Nothing to do: changes are not noticed."""

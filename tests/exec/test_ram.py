@@ -32,6 +32,11 @@ def test_slots_in_a_storm(build: Build, under: Under, storm: str) -> None:
     judge(under.run(build("ram_storm"), storm, "60"))
 
 
+def test_very_many_slots(build: Build, under: Under) -> None:
+    """In seconds: what one of them costs must not grow with their number."""
+    judge(under.run(build("slots")))
+
+
 @pytest.mark.parametrize("change", ["protect", "unmap", "gap", "child", "moved"])
 def test_changes_under_a_guest(build: Build, under: Under, change: str) -> None:
     judge(under.run(build("ram_changes"), change))

@@ -35,6 +35,7 @@ class RemoteMemory(ProcessMemory):
         super().__init__(tgid)
         self.ram = Ram(tgid, tracer)
         self.pointer = self.ram.pointer
+        self.standing = self.ram.standing
         self.accessible = self.ram.accessible
         self.reach = self.ram.reach
         self.enter = self.ram.enter

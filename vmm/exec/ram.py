@@ -108,12 +108,10 @@ class Ram:
         return pieces
 
     def _backing(self, area: Area, start: int, end: int) -> Backing:
-        for known in self._backings:
-            if known.serves(start, end):
-                return known
-        for known in self._backings:
-            if known.join(area.start, area.end):
-                return known
+        for fits, place in ((Backing.serves, (start, end)), (Backing.join, (area.start, area.end))):
+            for known in self._backings:
+                if fits(known, *place):
+                    return known
         made = backings.new(area.start, area.end)
         self._backings.append(made)
         return made
@@ -140,6 +138,12 @@ class Ram:
             except OSError as failure:
                 raise Errno(failure.errno or errno.ENOMEM) from None
             return view.pointer(address)
+
+    def standing(self, address: int, size: int) -> int | None:
+        """Where the range stands in ours, whatever is mapped there; None where there is no room for it."""
+        with self._lock, contextlib.suppress(OSError):
+            return self._view(address, address + size).pointer(address)
+        return None
 
     def accessible(self, address: int, write: bool) -> bool:
         """May the process read (or write) the page at `address` now? Where it is mirrored it is up to date then."""

@@ -10,6 +10,10 @@ There are two physical address spaces, secure and shared, and three rules for ch
 Backings reach the engine as *windows*: ranges of host memory at an engine-physical address of their own, mapped into
 each vCPU's engine when it first needs them. A window never moves, not even when its slot does; when its memory goes
 away, no engine uses it from before the ioctl returns, and each unmaps it before it runs again.
+
+An engine cannot do with thousands of windows: mapping each takes longer the more there are. Where the caller's addresses
+have a fixed place in our process, small slots whose memory is near each other share the window of their *block*. What of it
+belongs to no slot is there, too, but no translation leads to it. Such a window stays.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
     from kvmapi.model.memslots import Memslots, Slot
 
 _WINDOW_ALIGN = 1 << 30
+_BLOCK = 64 << 20  # bytes of the caller's addresses, aligned
+_SMALL = _BLOCK // 16  # the largest slot that shares a window
 _FEW_PAGES, _MAX_VOIDS = 64, 64  # what is noted page by page: more is a flush
 _MAX_TABLES = 4096  # pages of guest tables with a view of their own
 _STRETCH = 511  # pages to each side of one that `stretch` looks at
@@ -78,6 +84,7 @@ class Physical:
         self.generation = 0  # counts changes after which every vCPU must drop its translations
         self.code_generation = 0  # counts changes after which translated blocks may be wrong
         self.windows: dict[int, Window] = {}  # by id(owner)
+        self._blocks: dict[int, object] = {}  # owners of blocks' windows, by address
         self.dropped = 0  # counts windows that went away
         self._next_base = _WINDOW_ALIGN
         self._free: dict[int, list[int]] = {}  # addresses of dropped windows, by their span
@@ -150,12 +157,12 @@ class Physical:
         slot = self.slots.find(gfn)
         if slot is None or slot.readonly or (slot.gmem is not None and slot.gmem.mappable):
             return None
-        window = self.windows.get(id(slot.backing_key))
+        place = self._placed(slot)
         first, end = max(slot.gfn, gfn - _STRETCH), min(slot.gfn + slot.pages, gfn + _STRETCH + 1)
         page = slot.hva_of(first) // PAGE
-        if window is None or self._writable.range_cardinality(page, page + end - first) != end - first:
+        if place is None or self._writable.range_cardinality(page, page + end - first) != end - first:
             return None
-        offset = (first - slot.gfn) * PAGE
+        window, offset = place[0], place[1] + (first - slot.gfn) * PAGE
         return first, end, window.base + offset, window.pointer + offset, slot
 
     def is_plain_table(self, gpa: int) -> bool:
@@ -185,15 +192,34 @@ class Physical:
         self._check_caller(gfn, slot, write)
         if write and slot.dirty is not None:
             mark_dirty(slot, gfn)
-        window = self.windows.get(id(slot.backing_key))
-        if window is None:
-            size = slot.pages * PAGE
-            window = self._add_window(slot.backing_key, size, self.memory.pointer(slot.hva, size))
+        window, start = self._placed(slot) or self._place(slot)
         return (
             window,
-            (gfn - slot.gfn) * PAGE,
+            start + (gfn - slot.gfn) * PAGE,
             write or (slot.dirty is None and not slot.readonly and slot.hva_of(gfn) // PAGE in self._writable),
         )
+
+    def _placed(self, slot: Slot) -> tuple[Window, int] | None:
+        """The window that has the slot's memory, and where in it that begins; None when it has none yet."""
+        window = self.windows.get(id(slot.backing_key))
+        if window is not None:
+            return window, 0
+        block = slot.hva & -_BLOCK
+        owner = self._blocks.get(block)
+        if owner is None or slot.pages * PAGE > _SMALL or slot.hva + slot.pages * PAGE > block + _BLOCK:
+            return None
+        return self.windows[id(owner)], slot.hva - block
+
+    def _place(self, slot: Slot) -> tuple[Window, int]:
+        """Give the slot's memory a window, of its own or with others."""
+        size, block = slot.pages * PAGE, slot.hva & -_BLOCK
+        pointer = self.memory.pointer(slot.hva, size)
+        if size <= _SMALL and slot.hva + size <= block + _BLOCK:
+            start = self.memory.standing(block, _BLOCK)
+            if start is not None:
+                owner = self._blocks[block] = object()
+                return self._add_window(owner, _BLOCK, start), slot.hva - block
+        return self._add_window(slot.backing_key, size, pointer), 0
 
     def _in_gmem(self, gfn: int, slot: Slot, private: bool) -> tuple[Window, int, bool]:
         file = slot.backing()
