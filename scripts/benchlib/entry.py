@@ -74,10 +74,10 @@ ENTRIES: dict[str, Entry] = {}
 
 
 def entry(name: str, unit: str, target: float, *, at_least: bool = False) -> Callable[[Callable[[], Measured]], Callable[[], Measured]]:
-    """Register a function as the entry `name`; the first line of its docstring is its story in --list."""
+    """Register a function as the entry `name`; the first paragraph of its docstring is its story in --list."""
 
     def register(measure: Callable[[], Measured]) -> Callable[[], Measured]:
-        story = (measure.__doc__ or "").strip().splitlines()[0]
+        story = " ".join((measure.__doc__ or "").strip().split("\n\n")[0].split())
         ENTRIES[name] = Entry(name, unit, target, story, measure, at_least)
         return measure
 

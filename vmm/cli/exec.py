@@ -20,6 +20,8 @@ def run(options: argparse.Namespace) -> int:
         return _refuse("which program? sevmm exec -- PROGRAM [ARG...]", status.USAGE)
     if options.record_limit is not None and options.record is None:
         return _refuse("--record-limit goes with --record FILE", status.USAGE)
+    if options.record == "-":
+        return _refuse("--record needs a file, stdout is the program's; /dev/stderr will do", status.USAGE)
     asked = ExecOptions(
         argv=tuple(words),
         machine=options.platform,

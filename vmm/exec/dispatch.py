@@ -148,6 +148,7 @@ class Dispatcher:
         usable = size and not (size | address) % PAGE and address + size < 1 << 47
         if usable and ram.convertible(address, size):
             ram.convert(self._up.hold(call), address, size, action)
+            self._up.ram_converted(ram.failure)
         else:
             self._answer(n, action())
 

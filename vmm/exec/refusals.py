@@ -75,6 +75,15 @@ def reach(child: int) -> int:
     return 0
 
 
+def files_refused() -> int:
+    """Why we cannot make the files that stand for the program's fds: an errno, or 0 where we can."""
+    try:
+        os.close(os.memfd_create("sevmm:try", os.MFD_CLOEXEC))
+    except OSError as failure:
+        return failure.errno or errno.EPERM
+    return 0
+
+
 def filtered(status: Path = _STATUS) -> bool:
     """Is this process under a seccomp filter itself?"""
     try:

@@ -27,11 +27,11 @@ from vmm.exec.caller import Call, Process
 from vmm.exec.dispatch import Dispatcher
 from vmm.exec.files import FileTable
 from vmm.exec.notify import Notification
-from vmm.exec.options import ExecOptions
+from vmm.exec.options import CannotExec, ExecOptions
 from vmm.exec.paths import Paths
 from vmm.exec.pool import Pool
 from vmm.exec.processes import Processes
-from vmm.exec.refusals import install_refused, memory_refused, reach
+from vmm.exec.refusals import CONTAINERS, files_refused, install_refused, memory_refused, reach
 from vmm.exec.tracer import Tracer
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ class Supervisor:
 
     def __init__(self, options: ExecOptions) -> None:
         self.options = options
+        if number := files_refused():
+            raise CannotExec(f"files in memory (memfd_create) cannot be made here: {os.strerror(number).lower()}; allow it: {CONTAINERS}")
         self._said: set[str] = set()
         self.platform = options.platform()
         self._recorder: Recorder | None = None
@@ -103,6 +105,7 @@ class Supervisor:
         self.fallthrough = self._kernel() if options.fallthrough else None
         self.fresh: set[int] = set()  # threads whose new program image has not asked anything yet
         self._local = _Local()
+        self._conversions = 0
         self._in_call: dict[int, int] = {}  # by notification: a thread's next call may come before we are done with its last
         try:
             self.child = launch.Child(options.argv, calls.program(high))
@@ -144,7 +147,7 @@ class Supervisor:
             if words:
                 self.say(words)
         if self.options.verbose:
-            self.say(f"{self.pool.answered} system calls were looked at")
+            self.say(f"{self.pool.answered} system calls were looked at; memory became guest RAM {self._conversions} times")
         if failure is not None:
             return self._not_started(failure)
         return launch.end_as(status)
@@ -200,6 +203,15 @@ class Supervisor:
     def hold(self, call: Call) -> Held:
         """The call as ram.py needs it."""
         return Held(self, call)
+
+    def ram_converted(self, failure: OSError | None) -> None:
+        """Memory became guest RAM; `failure`: it cannot be shared."""
+        self._conversions += 1
+        if failure is not None:
+            self.say_once(
+                f"guest RAM cannot be shared with the program ({os.strerror(failure.errno or 0).lower()}): it is copied at every KVM_RUN,"
+                " which is slower, and a running guest and the program do not see each other's writes"
+            )
 
     # ---- the recording
     def begin(self, call: Call, file: File, notification: Notification) -> CallRecord | None:
