@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from vmm.exec import cpuid, sigbus
+from vmm.exec.memory import sigbus
+from vmm.exec.tracing import cpuid
 
 ARCH_PRCTL, ARCH_GET_CPUID = 158, 0x1011
 

@@ -13,7 +13,7 @@ import pytest
 from kvmapi.model.platform import C_BIT, Platform
 from tests.exec.conftest import Build
 from tests.exec.launching import Under, read_line
-from vmm.exec import cpuid
+from vmm.exec.tracing import cpuid
 
 pytestmark = [pytest.mark.gcc, pytest.mark.model]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from vmm.exec import ptrace
+from vmm.exec.tracing import ptrace
 
 CALL, SPIN = b"\x0f\x05", b"\xeb\xfe"  # syscall; a jump to itself
 GETPID, VFORK = 39, 58

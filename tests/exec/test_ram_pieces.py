@@ -13,12 +13,12 @@ import threading
 import pytest
 
 from kvmapi.model.caller import PAGE, Errno
-from vmm.exec import backing, copying, views
-from vmm.exec.maps import Area, Maps, cut
-from vmm.exec.mirror import Mirror
-from vmm.exec.ram import Ram
-from vmm.exec.views import GRAIN, MIRROR, NOTHING, Paint, View
-from vmm.exec.watch import Watch
+from vmm.exec.memory import backing, copying, views
+from vmm.exec.memory.maps import Area, Maps, cut
+from vmm.exec.memory.mirror import Mirror
+from vmm.exec.memory.ram import Ram
+from vmm.exec.memory.views import GRAIN, MIRROR, NOTHING, Paint, View
+from vmm.exec.memory.watch import Watch
 
 
 def private(pages: int) -> tuple[mmap.mmap, int]:
@@ -156,8 +156,8 @@ def test_a_file_stands_where_it_is_painted() -> None:
 # ---- the guard
 GUARD = """
 import ctypes, os, signal, sys
-from vmm.exec import sigbus
-from vmm.exec.views import GRAIN, Paint, View
+from vmm.exec.memory import sigbus
+from vmm.exec.memory.views import GRAIN, Paint, View
 fd = os.memfd_create("test")
 os.ftruncate(fd, 1 << 20)
 view = View(0, GRAIN)

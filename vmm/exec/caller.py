@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from kvmapi.model.caller import Errno, EventFd, ProcessMemory, Stoppable, held_eventfd
 from kvmapi.model.files import File, Foreign
-from vmm.exec.ram import Ram
+from vmm.exec.memory.ram import Ram
 
 if TYPE_CHECKING:
     from vmm.exec.files import FileTable
+    from vmm.exec.memory.remap import Tracer
     from vmm.exec.notify import Listener
-    from vmm.exec.remap import Tracer
 
 _SYS_PIDFD_GETFD = 438
 _CAP_IPC_LOCK = 14

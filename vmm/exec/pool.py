@@ -13,8 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 
+from vmm.exec.memory.sigbus import without_cpuid
 from vmm.exec.notify import Listener, Notification
-from vmm.exec.sigbus import without_cpuid
 
 _LOOK = 0.0007  # seconds between two looks of the watchman
 _AGAIN = 0.02  # seconds until a thread that could not be started is tried again

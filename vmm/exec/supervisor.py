@@ -21,8 +21,8 @@ from kvmapi.model.caller import ProcessMemory
 from kvmapi.model.files import File
 from kvmapi.model.signals import WATCHER
 from kvmapi.model.vcpu import VcpuFile
-from vmm.exec import cpuid, launch
 from vmm.exec import filter as calls
+from vmm.exec import launch
 from vmm.exec.caller import Call, Process
 from vmm.exec.dispatch import Dispatcher
 from vmm.exec.files import FileTable
@@ -32,7 +32,8 @@ from vmm.exec.paths import Paths
 from vmm.exec.pool import Pool
 from vmm.exec.processes import Processes
 from vmm.exec.refusals import CONTAINERS, files_refused, install_refused, memory_refused, reach
-from vmm.exec.tracer import Tracer
+from vmm.exec.tracing import cpuid
+from vmm.exec.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
     from vmm.exec.fallthrough import Fallthrough

@@ -18,7 +18,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 
-from vmm.exec.backing import PAGE
+from vmm.exec.memory.backing import PAGE
 
 _PAGEMAP_SCAN = 0xC0606610
 _PRESENT, _SWAPPED, _ZERO = 1 << 3, 1 << 4, 1 << 5  # categories of pages

@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 from collections.abc import Callable, Iterable
 
-from vmm.exec import copying
+from vmm.exec.memory import copying
 
 PAGE = 4096
 MOST = 1 << 16  # pages: 256 MiB, and as much for what they were

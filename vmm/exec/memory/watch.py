@@ -13,7 +13,7 @@ from collections.abc import Callable
 from weakref import WeakSet
 
 from kvmapi.model.caller import Stoppable
-from vmm.exec.maps import Area, Maps
+from vmm.exec.memory.maps import Area, Maps
 
 LOOK = 0.01  # seconds between two looks while vCPUs run
 FRESH = 0.001  # seconds for which a look is good enough for a vCPU that enters

@@ -29,9 +29,10 @@ import threading
 from collections.abc import Callable, Collection
 from typing import NamedTuple, Protocol
 
-from vmm.exec import copying, ptrace
-from vmm.exec.backing import Backing
-from vmm.exec.maps import Area, Maps
+from vmm.exec.memory import copying
+from vmm.exec.memory.backing import Backing
+from vmm.exec.memory.maps import Area, Maps
+from vmm.exec.tracing import ptrace
 
 _MMAP, _CLOSE = 9, 3
 _SHARED_FIXED = 0x01 | 0x10 | 0x4000  # MAP_SHARED | MAP_FIXED | MAP_NORESERVE

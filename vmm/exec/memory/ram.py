@@ -20,13 +20,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from kvmapi.model.caller import PAGE, USER_TOP, Errno
-from vmm.exec import backing as backings
-from vmm.exec import copying, sigbus, views
-from vmm.exec.backing import Backing
-from vmm.exec.maps import Area, Maps
-from vmm.exec.mirror import Mirror
-from vmm.exec.remap import Conversion, Held, Piece, Tracer, from_file
-from vmm.exec.watch import Watch
+from vmm.exec.memory import backing as backings
+from vmm.exec.memory import copying, sigbus, views
+from vmm.exec.memory.backing import Backing
+from vmm.exec.memory.maps import Area, Maps
+from vmm.exec.memory.mirror import Mirror
+from vmm.exec.memory.remap import Conversion, Held, Piece, Tracer, from_file
+from vmm.exec.memory.watch import Watch
 
 _STEPS = 2  # conversions in one mapping before it is converted ahead
 _GROWTH = 4

@@ -28,9 +28,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from vmm.exec import ptrace
-from vmm.exec.cpuid import Cpuid
-from vmm.exec.ptrace import Hold
+from vmm.exec.tracing import ptrace
+from vmm.exec.tracing.cpuid import Cpuid
+from vmm.exec.tracing.ptrace import Hold
 
 T = TypeVar("T")
 _WALL = 0x40000000

@@ -19,7 +19,7 @@ from bisect import bisect_right
 from collections import deque
 from typing import NamedTuple
 
-from vmm.exec import sigbus
+from vmm.exec.memory import sigbus
 
 GRAIN = 1 << 30
 _FIXED, _ANONYMOUS, _PRIVATE, _SHARED, _NORESERVE = 0x10, 0x20, 0x02, 0x01, 0x4000
