@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import caps, ioctls, kvm
+from kvmapi.model import accepted
 from kvmapi.model.attributes import PrivateSet
 from kvmapi.model.caller import PAGE, Caller, Errno
 from kvmapi.model.clock.vm import VmClock
@@ -45,9 +46,7 @@ _ATTRIBUTES = struct.Struct("<QQQQ")
 _REGION2 = struct.Struct("<IIQQQQI4x112x")
 _U64 = 1 << 64
 _GFNS = 1 << MAX_PHYS_BITS - 12
-_MIN_MMU_PAGES = 64  # KVM_MIN_ALLOC_MMU_PAGES
 _MAX_VCPU_IDS = MAX_VCPUS * 4
-_MAX_TSS_ADDRESS = 0xFFFFFFFF - 3 * PAGE + 1
 _MSR_REASONS = kvm.KVM_MSR_EXIT_REASON_INVAL | kvm.KVM_MSR_EXIT_REASON_UNKNOWN | kvm.KVM_MSR_EXIT_REASON_FILTER
 
 
@@ -87,12 +86,12 @@ class VmFile(File):
             ioctls.KVM_SET_USER_MEMORY_REGION2: self._set_region2,
             ioctls.KVM_GET_DIRTY_LOG: self._get_dirty_log,
             ioctls.KVM_CLEAR_DIRTY_LOG: self._clear_dirty_log,
-            ioctls.KVM_SET_NR_MMU_PAGES: self._set_mmu_pages,
+            ioctls.KVM_SET_NR_MMU_PAGES: accepted.set_mmu_pages,
             ioctls.KVM_X86_SET_MSR_FILTER: self._set_msr_filter,
             ioctls.KVM_ENABLE_CAP: self._enable_cap,
             ioctls.KVM_CREATE_GUEST_MEMFD: self._create_guest_memfd,
-            ioctls.KVM_SET_TSS_ADDR: self._accept_address,
-            ioctls.KVM_SET_IDENTITY_MAP_ADDR: self._accept_identity_map,
+            ioctls.KVM_SET_TSS_ADDR: accepted.set_tss_address,
+            ioctls.KVM_SET_IDENTITY_MAP_ADDR: partial(accepted.set_identity_map, self.has_vcpus),
             ioctls.KVM_MEMORY_ENCRYPT_OP: partial(commands.operation, self.sev),
             ioctls.KVM_MEMORY_ENCRYPT_REG_REGION: partial(regions.register, self.sev),
             ioctls.KVM_MEMORY_ENCRYPT_UNREG_REGION: partial(regions.unregister, self.sev),
@@ -201,26 +200,6 @@ class VmFile(File):
             if limit > _MAX_VCPU_IDS or limit < self.boot_cpu or self._vcpu_ids not in (0, limit):
                 raise Errno(errno.EINVAL)
             self._vcpu_ids = limit
-
-    def _accept_address(self, arg: int, caller: Caller) -> int:
-        """KVM_SET_TSS_ADDR: an Intel real-mode crutch; nothing to do here, but its range check is part of the
-        interface.
-        """
-        if arg > _MAX_TSS_ADDRESS:
-            raise Errno(errno.EINVAL)
-        return 0
-
-    def _accept_identity_map(self, arg: int, caller: Caller) -> int:
-        if self.vcpus:
-            raise Errno(errno.EINVAL)
-        caller.memory.read(arg, 8)
-        return 0
-
-    def _set_mmu_pages(self, arg: int, caller: Caller) -> int:
-        """KVM_SET_NR_MMU_PAGES: a limit on shadow pages, of which the model has none."""
-        if arg < _MIN_MMU_PAGES:
-            raise Errno(errno.EINVAL)
-        return 0
 
     def _set_msr_filter(self, arg: int, caller: Caller) -> int:
         self.exits.msr_filter = MsrFilter.from_caller(arg, caller)
