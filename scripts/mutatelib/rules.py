@@ -34,7 +34,7 @@ class Mutation:
 
 MEMORY = (
     Mutation(
-        "ignore-attribute", "the PRIVATE attribute is ignored: all accesses go to shared memory", "mem.physical",
+        "ignore-attribute", "the PRIVATE attribute is ignored: all accesses go to shared memory", "mem.private",
         "        if gfn not in self.private:\n", "        if True:\n", ("private_mem_conversions.explicit_conversion",),
     ),
     Mutation(
@@ -69,7 +69,7 @@ MEMORY = (
     ),
     Mutation(
         "mmap-private", "private memory of a guest_memfd can be read through mmap", "guest_memfd",
-        "        if self.flags & kvm.GUEST_MEMFD_FLAG_INIT_SHARED:\n", "        if True:\n", ("guest_memfd",),
+        "INIT_SHARED:\n            return self._mapping(", "INIT_SHARED or True:\n            return self._mapping(", ("guest_memfd",),
     ),
     Mutation(
         "memfd-flags", "KVM_CREATE_GUEST_MEMFD takes flags that do not exist", "vm",
@@ -106,11 +106,11 @@ SLOTS = (
     ),
     Mutation(
         "stale-after-delete", "a guest goes on using the memory of a memslot that was deleted", "vm",
-        "self.physical.drop_window(old.backing_key)", "pass", ("hostile.racing_memslots[plain]",),
+        "self.physical.slot_gone(old)", "pass", ("hostile.racing_memslots[plain]",),
     ),
     Mutation(
         "stale-after-move", "a guest goes on using a memslot where it was before it moved", "vm",
-        "            if old is not None:\n                self.physical.flush()", "            pass", ("set_memory_region.move*",),
+        "            if old is not None:\n                self.physical.flush_range(old.gfn, old.pages)", "            pass", ("set_memory_region.move*",),
     ),
 )  # fmt: skip
 

@@ -34,6 +34,7 @@ TRACESYSGOOD = 1
 _SYSCALL_CODE = signal.SIGTRAP | 0x80  # si_code of the stops of PTRACE_SYSCALL
 _EVENT_CODE = 128  # PTRACE_EVENT_STOP: bits 8 and up of si_code of what PTRACE_INTERRUPT makes, and of group stops
 _U64 = (1 << 64) - 1
+_NOT_BEGUN = (-512, -513, -514)  # ERESTARTSYS, -NOINTR, -NOHAND
 _FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS)
 _NAP, _LONG_NAP, _GLANCES = 5e-5, 1e-3, 16
 _TURN = 0.01  # seconds between two times of what is done meanwhile
@@ -229,6 +230,13 @@ class Hold:
         TimeoutError when it does something else there, or is stopped again and again; ProcessLookupError when it is gone.
         """
         limit = time.monotonic() + PATIENCE
+        while True:
+            result = self._one_call(tid, instruction, number, arguments, limit)
+            # A call that our own filter asks about can be interrupted while it waits to be received. It has not begun then.
+            if result not in _NOT_BEGUN or time.monotonic() > limit:
+                return result
+
+    def _one_call(self, tid: int, instruction: int, number: int, arguments: tuple[int, ...], limit: float) -> int:
         registers = self.registers(tid)
         values = [value & _U64 for value in arguments] + [0] * (6 - len(arguments))
         registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9 = values
