@@ -60,7 +60,9 @@ class Stoppable(Protocol):
 
 
 class Memory(Protocol):
-    """The caller's address space."""
+    """The caller's address space. `elsewhere`: it is another process's, and must be told when guests use it (`enter`, `leave`)."""
+
+    elsewhere: bool
 
     def read(self, address: int, size: int) -> bytes:
         """`size` bytes at `address`, or Errno(EFAULT)."""
@@ -191,6 +193,8 @@ class ProcessMemory:
 
 class OwnMemory(ProcessMemory):
     """The caller is this process."""
+
+    elsewhere = False
 
     def __init__(self) -> None:
         super().__init__(os.getpid())

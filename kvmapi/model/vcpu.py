@@ -244,7 +244,8 @@ class VcpuFile(File):
     def _run_guest(self, out: bool) -> int:
         """Everything between taking the engine and giving it back. `out`: only what the last exit left is to be finished."""
         cpu, activity, lock, page = self.cpu, self.activity, self.vm.lock, self.page
-        self.clock.before_entry()
+        if self.clock.active:
+            self.clock.before_entry()
         result, entering = cpu.privileged.complete(), True
         if cpu.lapic is not None:
             if activity.state == kvm.KVM_MP_STATE_UNINITIALIZED and result is None:

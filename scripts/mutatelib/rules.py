@@ -110,7 +110,8 @@ SLOTS = (
     ),
     Mutation(
         "stale-after-move", "a guest goes on using a memslot where it was before it moved", "vm",
-        "            if old is not None:\n                self.physical.flush_range(old.gfn, old.pages)", "            pass", ("set_memory_region.move*",),
+        "            if old is not None:\n                self.physical.flush_range(old.gfn, old.pages)", "            pass",
+        ("set_memory_region.move*",),
     ),
 )  # fmt: skip
 

@@ -31,6 +31,8 @@ _FOREIGN = Foreign()
 class RemoteMemory(ProcessMemory):
     """The address space of a traced process."""
 
+    elsewhere = True
+
     def __init__(self, tgid: int, tracer: Tracer | None = None) -> None:
         super().__init__(tgid)
         self.ram = Ram(tgid, tracer)

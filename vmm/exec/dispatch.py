@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vmm.exec.supervisor import Supervisor
 
 _REGIONS = (ioctls.KVM_SET_USER_MEMORY_REGION, ioctls.KVM_SET_USER_MEMORY_REGION2)
+_ANSWERS = frozenset((ioctls.KVM_GET_API_VERSION, ioctls.KVM_CHECK_EXTENSION, ioctls.KVM_GET_VCPU_MMAP_SIZE))  # whatever was closed
 _REGION = struct.Struct("<IIQQQ")
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)  # ours, and as good as the kernel's
 _U32 = 0xFFFFFFFF
@@ -121,7 +122,8 @@ class Dispatcher:
         elif isinstance(file, VcpuFile):
             result = file.ioctl(request, n.a2, call)
         else:
-            self._files.take_news()
+            if request not in _ANSWERS:
+                self._files.take_news()
             if request in _REGIONS and isinstance(file, VmFile):
                 self._region(n, file, call, record)
                 return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import os
 import resource
 import sys
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _GUARDED_PART = 4  # the last quarter of the fd table is where guarded fds stand
 _LARGEST_TABLE = 4096
 _MANY_FRESH = 4096
+_GARBAGE = 10_000  # objects between two looks of the collector
 _MANY_SAID = 256
 _PR_SET_DUMPABLE = 4
 
@@ -134,6 +136,8 @@ class Supervisor:
         if number := reach(self.child.pid):
             self.child.give_up()
             raise memory_refused(number)
+        gc.freeze()  # the modules stay for good: the collector need not look at them again and again
+        gc.set_threshold(_GARBAGE)
         self.tracer.start()
         self.processes.start()
         self.pool.start()

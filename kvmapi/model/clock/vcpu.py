@@ -51,6 +51,7 @@ class VcpuClock:
         self._told = 0  # of the VM's updates, the last the guest was told of
         self._poll_control = 1
         self._wall_clock_due = False
+        self.active = False  # was a paravirtual clock ever asked for? Until then nothing is to be done at an entry
         self.steal = StealTime(physical)
         self.caller: Caller | None = None
         self._msrs: Msrs | None = None
@@ -164,6 +165,7 @@ class VcpuClock:
         return cycles
 
     def _write_paravirtual(self, number: int, value: int, host: bool) -> None:
+        self.active = True
         if number == STEAL_TIME:
             if not self.steal.set(value):
                 raise NoSuchMsr(number, known=True)
@@ -182,10 +184,9 @@ class VcpuClock:
     # ---- what the guest finds in its memory
     def before_entry(self) -> None:
         """Bring the guest's memory up to date. The engine lock is held."""
-        if self._told != self._vm.updates or not self._vm.stable:
+        if self._system_time & _ENABLED and (self._told != self._vm.updates or not self._vm.stable):
             self._told = self._vm.updates
-            if self._system_time & _ENABLED:
-                self._tell_time()
+            self._tell_time()
         if self._wall_clock_due:
             self._wall_clock_due = False
             self._tell_wall_clock(self._vm.wall_clock)

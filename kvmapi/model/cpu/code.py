@@ -235,7 +235,7 @@ class CodeCache:
 
     def verify(self) -> None:
         """Someone else had a turn: throw translations away if any code page differs from what was scanned."""
-        if not self._compared.same() or any(zlib.crc32(page.view) != page.seen for page in self._secrets.values()):
+        if not self._compared.same() or (self._secrets and any(zlib.crc32(page.view) != page.seen for page in self._secrets.values())):
             self.flush()
 
     def flush_blocks(self) -> None:

@@ -46,6 +46,7 @@ class Comparison:
         self._pairs = array("Q")
         self._places: dict[int, int] = {}
         self._function = _first_difference()[0]
+        self._at = self._count = 0  # of the pairs
 
     def put(self, key: int, pointer: int, copy: bytearray | None) -> None:
         """The page at `pointer` is to be as `copy` says; without a copy, as it is."""
@@ -56,13 +57,15 @@ class Comparison:
             self._pairs.extend((pointer, other))
         else:
             self._pairs[place], self._pairs[place + 1] = pointer, other
+        self._at, self._count = self._pairs.buffer_info()
+        self._count //= 2
 
     def clear(self) -> None:
         """No pairs any more."""
         self._pairs = array("Q")
         self._places.clear()
+        self._count = 0
 
     def same(self) -> bool:
         """Does every pair hold the same bytes?"""
-        address, count = self._pairs.buffer_info()
-        return bool(self._function(address, count // 2) == count // 2)
+        return bool(self._function(self._at, self._count) == self._count)

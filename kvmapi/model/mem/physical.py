@@ -80,6 +80,7 @@ class Physical:
     def __init__(self, slots: Memslots, memory: Memory) -> None:
         self.slots = slots
         self.memory = memory
+        self._elsewhere = memory.elsewhere
         self._changes = memory.changes
         self.generation = 0  # counts changes after which every vCPU must drop its translations
         self.code_generation = 0  # counts changes after which translated blocks may be wrong
@@ -139,7 +140,8 @@ class Physical:
     # ---- entering and leaving KVM_RUN
     def enter(self) -> None:
         """A vCPU enters."""
-        self._enter_memory()
+        if self._elsewhere:
+            self._enter_memory()
 
     def _enter_memory(self) -> None:
         self.memory.enter()
@@ -150,7 +152,8 @@ class Physical:
 
     def leave(self) -> None:
         """A vCPU leaves."""
-        self.memory.leave()
+        if self._elsewhere:
+            self.memory.leave()
 
     def stretch(self, gfn: int) -> Stretch | None:
         """The memory around a page that any access may use unasked, as far as 511 pages to each side; None where there is no such."""

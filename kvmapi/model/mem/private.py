@@ -118,14 +118,16 @@ class EncryptedPhysical(Physical):
             self.secure.mark_executed(self.home(gfn, slot))
 
     def enter(self) -> None:
-        self._enter_memory()
+        if self._elsewhere:
+            self._enter_memory()
         if self.secure is not None:
             self.secure.enter()
 
     def leave(self) -> None:
         if self.secure is not None:
             self.secure.leave()
-        self.memory.leave()
+        if self._elsewhere:
+            self.memory.leave()
 
     def destroy(self) -> None:
         super().destroy()

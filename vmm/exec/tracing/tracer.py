@@ -64,7 +64,6 @@ class Tracer:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._main, name="sevmm-tracer", daemon=True)
         self._starting: dict[int, int] = {}  # threads to be stopped for the first time -> a `syscall` instruction of theirs
-        self._leaving: set[int] = set()  # threads to be let go at their next stop
         self.active = False  # does CPUID fault in any program?
         self._parked = 0  # a thread whose stops are a job's own
         self._left: tuple[int, int] | None = None  # that thread and a signal of its, if the job has left it to us
@@ -176,7 +175,6 @@ class Tracer:
                 self._handle(tid, os.WSTOPSIG(status), status >> 16)
             else:
                 self._starting.pop(tid, None)
-                self._leaving.discard(tid)
                 self._on_end(tid, status)
 
     def _handle(self, tid: int, number: int, event: int) -> None:
@@ -198,10 +196,7 @@ class Tracer:
         if tid in self._starting and event == _EVENT_STOP and number not in _STOPS:
             self._begin(tid, self._starting.pop(tid))
             return
-        if tid in self._leaving:
-            self._leaving.discard(tid)
-            ptrace.request(ptrace.DETACH, tid, None, 0 if event else number)
-        elif event == _EVENT_STOP and number in _STOPS:
+        if event == _EVENT_STOP and number in _STOPS:
             ptrace.request(_LISTEN, tid)
         elif event or number == _SYSCALL_STOP or (number == signal.SIGSEGV and self._answered(tid)):
             ptrace.request(ptrace.CONT, tid)
@@ -243,27 +238,6 @@ class Tracer:
         registers.rip = registers.rip + len(_INSTRUCTION) & _U64
         hold.set_registers(tid, registers)
         return True
-
-    # ---- letting go
-    def release(self, tgid: int, busy: Callable[[], set[int]], instruction: int) -> None:
-        """Somebody else is about to trace this process: it sees this machine's CPUID from now on. `instruction` is the address
-        of a `syscall` instruction of its own. Threads in `busy()` calls are let go when these end.
-        """
-        self.run(lambda: self._release(tgid, busy, instruction))
-
-    def _release(self, tgid: int, busy: Callable[[], set[int]], instruction: int) -> None:
-        hold = Hold(tgid)
-        with contextlib.suppress(OSError):
-            hold.freeze(busy, 0)
-        for tid in (int(name) for name in os.listdir(f"/proc/{tgid}/task")):
-            with contextlib.suppress(OSError):
-                if hold.stopped(tid):
-                    with hold.borrowed(tid):
-                        hold.call(tid, instruction, _ARCH_PRCTL, _ARCH_SET_CPUID, 1)
-                    _restart(hold, tid)
-                    ptrace.request(ptrace.DETACH, tid)
-                else:
-                    self._leaving.add(tid)
 
 
 def _contains(fd: int, what: bytes) -> bool:
