@@ -8,7 +8,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -60,15 +59,31 @@ def side(request: pytest.FixtureRequest) -> Under:
     return Under(request.param)
 
 
-@pytest.fixture
-def anyone(shelf: Path) -> Any:
-    """A user without rights who can run this Python and read the project; the words that make us that user."""
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all", "--")
+POWERLESS = ("setpriv", "--securebits=+noroot", "--bounding-set=-all", "--inh-caps=-all", "--")  # root's files, and no capability
+
+
+def _refused(words: tuple[str, ...]) -> str:
+    """Why a program cannot run under us as that user; empty: it can."""
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
-        pytest.skip("needs root, to become nobody, and setpriv; get it: run as root, apt install util-linux")
-    words = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", "--")
+        return "needs root, to become somebody else, and setpriv; get it: run as root, apt install util-linux"
     probe = Under("exec", before=words)
-    command = [*probe.command(["true"])[:-2], "--help"]
-    done = subprocess.run(command, env=probe.environment(), capture_output=True, text=True, check=False, cwd="/")
-    if done.returncode:
-        pytest.skip(f"nobody may not read this tree or this Python: {done.stderr.strip().splitlines()[-1:]}")
-    return words
+    done = subprocess.run(probe.command(["true"]), env=probe.environment(), capture_output=True, text=True, check=False, cwd="/")
+    return f"that user may not read this tree or this Python: {done.stderr.strip().splitlines()[-1:]}" if done.returncode else ""
+
+
+@pytest.fixture(scope="session")
+def nobody() -> tuple[str, ...]:
+    """The words that make us a user without rights, who can run this Python and read the project."""
+    if why := _refused(NOBODY):
+        pytest.skip(why)
+    return NOBODY
+
+
+@pytest.fixture(scope="session")
+def anyone() -> tuple[str, ...]:
+    """The same; where that user can read nothing here, root without a capability."""
+    for words in (NOBODY, POWERLESS):
+        if not (why := _refused(words)):
+            return words
+    pytest.skip(why)

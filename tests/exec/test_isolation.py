@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from tests.exec.launching import Under
@@ -20,7 +18,7 @@ done
 """
 
 
-def test_a_program_cannot_look_into_its_supervisor(anyone: Any) -> None:
+def test_a_program_cannot_look_into_its_supervisor(anyone: tuple[str, ...]) -> None:
     """Both are the same user's."""
     done = Under("exec", before=anyone).run("sh", "-c", LOOK)
     assert done.returncode == 0, done.stderr

@@ -109,9 +109,9 @@ def test_the_supervisor_is_killed(build: Build, under: Under, how: str) -> None:
     process.communicate()
 
 
-def test_a_crowd_of_children(build: Build, anyone: tuple[str, ...]) -> None:
+def test_a_crowd_of_children(build: Build, nobody: tuple[str, ...]) -> None:
     """A fork bomb ends at the user's limit of processes."""
-    under = Under("exec", before=anyone)
+    under = Under("exec", before=nobody)
     under.run(build("forks"), "bomb", cwd=Path("/"))
 
 
@@ -125,15 +125,15 @@ def test_a_daemon_outlives_its_parents(build: Build, side: Under, flags: tuple[s
     side.nothing_left()
 
 
-def test_a_setuid_program_gains_nothing(build: Build, anyone: tuple[str, ...]) -> None:
+def test_a_setuid_program_gains_nothing(build: Build, nobody: tuple[str, ...]) -> None:
     """The filter needs no_new_privs: the program runs, as who started it."""
     suid = build("who").with_name("who-suid")
     shutil.copy(build("who"), suid)
     suid.chmod(0o4755)
-    native = Under("native", before=anyone).run(suid, cwd=Path("/"))
+    native = Under("native", before=nobody).run(suid, cwd=Path("/"))
     if "ids: 65534 0" not in native.stdout:
         pytest.skip("needs a file system that honours setuid; get it: TMPDIR on one that is not mounted nosuid")
-    done = Under("exec", before=anyone).run(suid, cwd=Path("/"))
+    done = Under("exec", before=nobody).run(suid, cwd=Path("/"))
     assert done.returncode == 0 and "ids: 65534 65534" in done.stdout, done.stdout + done.stderr
 
 

@@ -5,7 +5,6 @@ program does to its memory afterwards reaches the guest.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 
@@ -16,15 +15,6 @@ from tests.exec.launching import Under, soon
 from tests.exec.test_programs import judge
 
 pytestmark = [pytest.mark.gcc, pytest.mark.model]
-
-NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all")
-
-
-def nobody() -> Under:
-    """A user who may do nothing special."""
-    if os.getuid() != 0 or shutil.which("setpriv") is None:
-        pytest.skip("needs root, to become nobody, and setpriv; get it: apt install util-linux, and run as root")
-    return Under("exec", before=NOBODY)
 
 
 @pytest.mark.parametrize("storm", ["quiet", "signals", "threads", "stop", "again", "ahead"])
@@ -48,13 +38,13 @@ def test_a_file_cut_off_under_a_guest(build: Build, under: Under) -> None:
 
 
 @pytest.mark.parametrize("backing", ["private", "shared", "memfd", "memfd-closed", "file-private"])
-def test_without_privileges(build: Build, backing: str) -> None:
+def test_without_privileges(build: Build, anyone: tuple[str, ...], backing: str) -> None:
     """Shared anonymous memory and files that the program has closed are mirrored then: there is no way to them."""
     program = build("ram")
     folder = program.parent / "nobody"
     folder.mkdir(exist_ok=True)
     folder.chmod(0o777)
-    judge(nobody().run(program, backing, cwd=folder))
+    judge(Under("exec", before=anyone).run(program, backing, cwd=folder))
 
 
 @pytest.mark.parametrize("after", [0.02, 0.1, 0.3])
