@@ -18,24 +18,9 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "bench.h"
+
 static int kvm = -1, vm = -1, vcpu = -1, ends[2];
-
-static int check(int result, const char *what)
-{
-	if (result < 0) {
-		perror(what);
-		exit(1);
-	}
-	return result;
-}
-
-static double now(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1e6 + t.tv_nsec / 1e3;
-}
 
 static int slot(int number, unsigned long gpa, void *memory, unsigned long size)
 {

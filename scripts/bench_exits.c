@@ -14,22 +14,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
-static int check(int result, const char *what)
-{
-	if (result < 0) {
-		perror(what);
-		exit(1);
-	}
-	return result;
-}
-
-static double now(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1e6 + t.tv_nsec / 1e3;
-}
+#include "bench.h"
 
 int main(int argc, char **argv)
 {

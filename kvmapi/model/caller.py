@@ -340,11 +340,11 @@ class Caller(Protocol):
         """RLIMIT_MEMLOCK in bytes, None when unlimited or the caller has CAP_IPC_LOCK."""
 
 
-def own_memlock_limit() -> int | None:
-    """This process's pin limit in bytes (None: no limit), by RLIMIT_MEMLOCK and CAP_IPC_LOCK."""
-    with open("/proc/self/status", encoding="ascii") as status:
+def memlock_limit(pid: int) -> int | None:
+    """A process's pin limit in bytes (None: no limit), by RLIMIT_MEMLOCK and CAP_IPC_LOCK. Raises OSError when it has ended."""
+    with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as status:
         for line in status:
             if line.startswith("CapEff:") and int(line.split()[1], 16) >> _CAP_IPC_LOCK & 1:
                 return None
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    soft, _ = resource.prlimit(pid, resource.RLIMIT_MEMLOCK)
     return None if soft == resource.RLIM_INFINITY else soft

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvmapi.model.caller import Errno, EventFd, OwnMemory, own_eventfd, own_memlock_limit
+from kvmapi.model.caller import Errno, EventFd, OwnMemory, memlock_limit, own_eventfd
 from kvmapi.model.files import File, Foreign
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class ModelHost:
 
     def memlock_limit(self) -> int | None:
         """RLIMIT_MEMLOCK of this process in bytes, or None: no limit, or the platform does not apply it."""
-        return own_memlock_limit() if self.platform.memlock else None
+        return memlock_limit(os.getpid()) if self.platform.memlock else None
 
     def _not_ours(self, fd: int) -> int:
         try:

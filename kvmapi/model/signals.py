@@ -161,6 +161,11 @@ def _status(path: str) -> dict[str, int]:
     return found
 
 
+def leave_signals_to_others() -> None:
+    """This thread takes none but its own faults."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - set(_NEVER_BLOCKED))
+
+
 class Watcher:
     """One thread for all vCPUs of the process; it lives while there are any."""
 
@@ -191,7 +196,7 @@ class Watcher:
                 inside.stopped()
 
     def _main(self, end: threading.Event) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - set(_NEVER_BLOCKED))  # signals are for others
+        leave_signals_to_others()
         while not end.wait(LOOK):
             with self._lock:
                 watched = list(self._watched)

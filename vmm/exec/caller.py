@@ -13,18 +13,16 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from kvmapi.model.caller import Errno, EventFd, ProcessMemory, Stoppable, held_eventfd
+from kvmapi.model.caller import Errno, EventFd, ProcessMemory, Stoppable, held_eventfd, memlock_limit
 from kvmapi.model.files import File, Foreign
 from vmm.exec.memory.ram import Ram
+from vmm.exec.pidfd import copy_fd
 
 if TYPE_CHECKING:
     from vmm.exec.files import FileTable
     from vmm.exec.memory.remap import Tracer
     from vmm.exec.notify import Listener
 
-_SYS_PIDFD_GETFD = 438
-_CAP_IPC_LOCK = 14
-_libc = ctypes.CDLL(None, use_errno=True)
 _FOREIGN = Foreign()
 
 
@@ -112,23 +110,15 @@ class Process:
 
     def fd(self, number: int) -> int:
         """A copy, here, of the process's fd. Errno(EBADF): nothing is open there."""
-        copy = int(_libc.syscall(_SYS_PIDFD_GETFD, self.pidfd, ctypes.c_int(number), 0))
-        if copy < 0:
-            raise Errno(ctypes.get_errno())
-        os.set_inheritable(copy, False)
-        return copy
+        try:
+            return copy_fd(self.pidfd, number)
+        except OSError as failure:
+            raise Errno(failure.errno or errno.EBADF) from None
 
     def memlock_limit(self) -> int | None:
         """RLIMIT_MEMLOCK in bytes, None when there is none or the process has CAP_IPC_LOCK."""
         with contextlib.suppress(OSError):
-            with open(f"/proc/{self.tgid}/status", encoding="utf-8", errors="replace") as status:
-                if any(line.startswith("CapEff:") and int(line.split()[1], 16) >> _CAP_IPC_LOCK & 1 for line in status):
-                    return None
-            with open(f"/proc/{self.tgid}/limits", encoding="ascii") as limits:
-                for line in limits:
-                    if line.startswith("Max locked memory"):
-                        soft = line.split()[3]
-                        return None if soft == "unlimited" else int(soft)
+            return memlock_limit(self.tgid)
         return None
 
 

@@ -98,8 +98,8 @@ class Dispatcher:
         self._proceed(notification.id)
 
     # ---- fds
-    def _call(self, n: Notification) -> Call:
-        return Call(self._listener, self._files, self._processes.sure(n.tid), n.id, n.tid, n.ip)
+    def _call(self, n: Notification, process: Process) -> Call:
+        return Call(self._listener, self._files, process, n.id, n.tid, n.ip)
 
     def _find(self, n: Notification, fd: int) -> tuple[Process, Entry | None]:
         process = self._processes.of(n.tid)
@@ -115,7 +115,7 @@ class Dispatcher:
             self._foreign_ioctl(n, process)
             return
         file, request = entry.file, n.a1 & _U32
-        call = Call(self._listener, self._files, process, n.id, n.tid, n.ip)
+        call = self._call(n, process)
         record = self._up.begin(call, file, n)
         if file.belongs_to_mm and entry.owner is not process:
             result = -errno.EIO
@@ -164,7 +164,7 @@ class Dispatcher:
             self._up.say_once("the program opened this machine's own KVM by another name than /dev/kvm: refused (ENODEV)")
             self._answer(n, -errno.ENODEV)
             return
-        call = Call(self._listener, self._files, process, n.id, n.tid, n.ip)
+        call = self._call(n, process)
         self._files.take_news()
         result = fallthrough.answer(call, n.a1 & _U32, n.a2)
         if result is None:
@@ -198,7 +198,7 @@ class Dispatcher:
             result = -failure.number
         except OSError as failure:
             result = -(failure.errno or errno.EIO)
-        call = Call(self._listener, self._files, process, n.id, n.tid, n.ip)
+        call = self._call(n, process)
         self._up.conclude(call, "fallocate", {"mode": n.a1 & _U32, "offset": offset, "length": length}, result)
 
     def _guarded(self, n: Notification) -> None:
@@ -223,7 +223,7 @@ class Dispatcher:
         if process is None:
             self._proceed(n.id)
         elif advice == calls.MADV_COLLAPSE:
-            entry = self._mapped(process, n.a0)
+            entry = self._files.by_inode(*process.memory.ram.file_at(n.a0))
             if entry is not None and isinstance(entry.file, GuestMemfdFile):
                 self._answer(n, -errno.EINVAL)
             else:
@@ -232,17 +232,6 @@ class Dispatcher:
             self._answer(n, 0)  # the kernel frees private memory only; ours was private for the program
         else:
             self._proceed(n.id)
-
-    def _mapped(self, process: Process, address: int) -> Entry | None:
-        """What of ours is mapped at an address."""
-        with open(f"/proc/{process.tgid}/maps", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                span, _, _, device_, inode, *_ = line.split(None, 5)
-                first, _, end = span.partition("-")
-                if int(first, 16) <= address < int(end, 16):
-                    major, _, minor = device_.partition(":")
-                    return self._files.by_inode(os.makedev(int(major, 16), int(minor, 16)), int(inode))
-        return None
 
     def _mremap(self, n: Notification) -> None:
         process = self._processes.known(n.tid)

@@ -8,11 +8,11 @@ call, and makes another thread the leader then. A former leader that has answere
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable
 
+from kvmapi.model.signals import leave_signals_to_others
 from vmm.exec.memory.sigbus import without_cpuid
 from vmm.exec.notify import Listener, Notification
 
@@ -86,7 +86,7 @@ class Pool:
                 self._threads += 1
 
     def _main(self, me: _Worker) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
+        leave_signals_to_others()
         receive, handle, lock, buffer = self._listener.receive, self._handle, self._lock, bytearray(80)
         number = 0
         while not self._stopping:
@@ -118,7 +118,7 @@ class Pool:
             me.turn.acquire()
 
     def _watch(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
+        leave_signals_to_others()
         seen, idle = -1, _IDLE_LOOKS
         while not self._stopping:
             if idle >= _IDLE_LOOKS:

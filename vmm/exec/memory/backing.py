@@ -26,6 +26,8 @@ import threading
 from bisect import bisect_right
 from collections.abc import Iterator
 
+from vmm.exec.pidfd import copy_fd
+
 PAGE = 4096
 MOST = 1024  # backings, of all processes
 TOGETHER = 64 << 20  # bytes that mappings in one backing may span
@@ -36,8 +38,6 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _fallocate = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, use_errno=True)(
     ("fallocate", ctypes.CDLL(None, use_errno=True))
 )
-_syscall = ctypes.CDLL(None, use_errno=True).syscall
-_SYS_PIDFD_GETFD = 438
 _all: dict[tuple[int, int], Backing] = {}
 _lock = threading.Lock()
 
@@ -184,11 +184,12 @@ def _copied(tgid: int, number: int, inode: int) -> int | None:
         pidfd = os.pidfd_open(tgid)
     except OSError:
         return None
-    fd = int(_syscall(_SYS_PIDFD_GETFD, pidfd, ctypes.c_int(number), 0))
-    os.close(pidfd)
-    if fd < 0:
+    try:
+        fd = copy_fd(pidfd, number)
+    except OSError:
         return None
-    os.set_inheritable(fd, False)
+    finally:
+        os.close(pidfd)
     status = os.fstat(fd)
     if status.st_ino == inode and stat.S_ISREG(status.st_mode) and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR:
         return fd

@@ -231,6 +231,12 @@ class Ram:
                 found = True
         return found
 
+    def file_at(self, address: int) -> tuple[int, int]:
+        """Device and inode of the file that is mapped at an address; zeroes where there is none."""
+        self._maps.forget()
+        area = self._maps.area(address & -PAGE)
+        return (area.device, area.inode) if area is not None else (0, 0)
+
     def forget(self) -> None:
         """Its address space may have changed."""
         self._maps.forget()

@@ -28,6 +28,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from kvmapi.model.signals import leave_signals_to_others
 from vmm.exec.tracing import ptrace
 from vmm.exec.tracing.cpuid import Cpuid
 from vmm.exec.tracing.ptrace import Hold
@@ -75,7 +76,7 @@ class Tracer:
         self._thread.start()
 
     def _main(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL})
+        leave_signals_to_others()
         while True:
             self._jobs.get()()
 
