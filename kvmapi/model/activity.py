@@ -45,7 +45,7 @@ class Activity:
         self._nmis = 0
         self._init = False
         self._sipi: int | None = None
-        self._asked = False
+        self.asked = False  # did somebody leave something since the last `settle`?
         bus = vcpu.vm.interrupts.bus
         self.lapic: Lapic | None = None
         self.state = kvm.KVM_MP_STATE_RUNNABLE
@@ -58,7 +58,7 @@ class Activity:
     def poke(self) -> None:
         """Something may have become pending: leave the guest, or wake, and look."""
         with self._changed:
-            self._asked = True
+            self.asked = True
             with contextlib.suppress(ValueError):  # the vCPU, and the page with its kick, may be gone
                 self._vcpu.page.kick[0] = 1
             self._changed.notify()
@@ -85,7 +85,7 @@ class Activity:
     def settle(self) -> None:
         """Take what others left. The engine lock is held, and the engine stopped."""
         with self._changed:
-            self._asked = False
+            self.asked = False
             nmis, init, sipi = self._nmis, self._init, self._sipi
             self._nmis, self._init, self._sipi = 0, False, None
         cpu, lapic = self._vcpu.cpu, self.lapic
@@ -107,11 +107,6 @@ class Activity:
                 cpu.attention = True
         if self.state in _SLEEPS and self._wakes():
             self.state = kvm.KVM_MP_STATE_RUNNABLE
-
-    @property
-    def asked(self) -> bool:
-        """Did somebody leave something since the last `settle`?"""
-        return self._asked
 
     def _wakes(self) -> bool:
         """Does what is pending end HLT?"""
@@ -137,12 +132,7 @@ class Activity:
     def hold(self) -> None:
         """An SEV-ES guest waits for a startup IPI, or whatever else ends HLT."""
         with self._changed:
-            self.state, self._asked = kvm.KVM_MP_STATE_AP_RESET_HOLD, True
-
-    @property
-    def runs(self) -> bool:
-        """May the guest be entered?"""
-        return self.state == kvm.KVM_MP_STATE_RUNNABLE
+            self.state, self.asked = kvm.KVM_MP_STATE_AP_RESET_HOLD, True
 
     def sleep(self) -> int | None:
         """Wait without the engine lock until somebody asks, a timer is due (None: look again), or KVM_RUN must return
@@ -155,7 +145,7 @@ class Activity:
                 page.head(kvm.KVM_EXIT_INTR)
                 return -errno.EINTR
             with self._changed:
-                if self._asked:
+                if self.asked:
                     return None
                 left = _LOOK if deadline is None else min(_LOOK, (deadline - time.monotonic_ns()) / _NS)
                 if left <= 0:
@@ -166,7 +156,7 @@ class Activity:
     def set_state(self, state: int) -> bool:
         """False when KVM refuses it: without an in-kernel APIC a vCPU is always runnable."""
         if state == kvm.KVM_MP_STATE_SIPI_RECEIVED and self.lapic is not None:
-            self._sipi, self._asked = self._sipi or 0, True
+            self._sipi, self.asked = self._sipi or 0, True
             state = kvm.KVM_MP_STATE_INIT_RECEIVED
         elif state != kvm.KVM_MP_STATE_RUNNABLE and (state not in _WITH_APIC or self.lapic is None):
             return False

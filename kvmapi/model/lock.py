@@ -39,6 +39,7 @@ class EngineLock:
     def __init__(self) -> None:
         self._gate = threading.Lock()
         self._lock = threading.Lock()
+        self._is_queue, self._take, self._give = self._gate.locked, self._lock.acquire, self._lock.release
         self._holder: KickFlag | None = None
         self.turns = 0  # counts changes of hands: who finds another number than its own last one was not alone
 
@@ -46,20 +47,28 @@ class EngineLock:
         """Take the lock; after `patience` seconds make the holder leave. `kick`: the taker's own flag, cleared here.
         `leaving` is asked every millisecond: once it is true the wait is given up, and False returned.
         """
+        if self._is_queue() or not self._take(False):
+            return self._queue(kick, patience, leaving)
+        self.turns += 1
+        self._holder = kick
+        if kick is not None:
+            kick[0] = 0
+        return True
+
+    def _queue(self, kick: KickFlag | None, patience: float, leaving: Callable[[], bool] | None) -> bool:
+        """Somebody has the lock, or waits for it."""
         gate, lock = self._gate, self._lock
-        waits = gate.locked() or not lock.acquire(blocking=False)
-        if waits and not gate.acquire(blocking=False) and not _wait(gate, None, leaving):
+        if not gate.acquire(blocking=False) and not _wait(gate, None, leaving):
             return False
         try:
-            if waits and not lock.acquire(blocking=False) and not self._insist(patience, leaving):
+            if not lock.acquire(blocking=False) and not self._insist(patience, leaving):
                 return False
             self.turns += 1
             self._holder = kick
             if kick is not None:
                 kick[0] = 0
         finally:
-            if waits:
-                gate.release()
+            gate.release()
         return True
 
     def _insist(self, patience: float, leaving: Callable[[], bool] | None) -> bool:
@@ -77,7 +86,7 @@ class EngineLock:
     def release(self) -> None:
         """Give it back."""
         self._holder = None
-        self._lock.release()
+        self._give()
 
     @property
     def holder(self) -> KickFlag | None:

@@ -19,10 +19,11 @@ SIZE = 3 * mmap.PAGESIZE
 PIO_OFFSET = mmap.PAGESIZE
 RING_OFFSET = 2 * mmap.PAGESIZE
 REQUEST_WINDOW, IMMEDIATE_EXIT, KICK, EXIT_REASON, CR8, UNION = 0, 1, 2, 8, 16, 32
-_AFTER = struct.Struct("<BBHQQ")  # from offset 12: ready_for_interrupt_injection, if_flag, flags, cr8, apic_base
-_AFTER_AT = 12
+# Indices for the hot path: of 32-bit words (_FLAGS: ready_for_interrupt_injection, if_flag, 16 bits of flags), and of 64-bit ones.
+_REASON_AT, _FLAGS = EXIT_REASON >> 2, 12 >> 2
+_CR8, _APIC_BASE, _UNION, _UNION_2 = CR8 >> 3, 24 >> 3, UNION >> 3, (UNION >> 3) + 1
+_EXIT_IO = kvm.KVM_EXIT_IO
 _REASON = struct.Struct("<I")
-_IO = struct.Struct("<BBHIQ")  # direction, size, port, count, data_offset
 _MAP_FIXED = 0x10
 _mmap = ctypes.CFUNCTYPE(
     ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64, use_errno=True
@@ -41,6 +42,8 @@ class RunPage:
         self.kick = memoryview(self.memory)[KICK : KICK + 1]
         self.u64 = memoryview(self.memory).cast("Q")
         self._u32 = memoryview(self.memory).cast("I")
+        data = memoryview(self.memory)[PIO_OFFSET:RING_OFFSET]
+        self.pio = {1: data, 2: data.cast("H"), 4: data.cast("I")}  # element 0: the data of one access, by its size
         self.ring = -1  # the memfd of the first vCPU, which has the VM's ring; -1 where this is that vCPU
         self.fault = kvm.KVM_EXIT_MEMORY_FAULT, kvm.KVM_MEMORY_EXIT_FLAG_PRIVATE  # RFC dialects have other numbers
 
@@ -69,7 +72,7 @@ class RunPage:
 
     def destroy(self) -> None:
         """The last holder is gone. The VMM's own mapping, if any is left, keeps its memory."""
-        for view in (self.kick, self.u64, self._u32):
+        for view in (self.kick, self.u64, self._u32, self.pio[4], self.pio[2], self.pio[1]):
             view.release()
         self.memory.close()
         os.close(self._fd)
@@ -82,7 +85,10 @@ class RunPage:
 
     def after_run(self, ready: bool, interrupts: bool, cr8: int, apic_base: int) -> None:
         """What every return of KVM_RUN fills in: may user space inject an interrupt, RFLAGS.IF, CR8, APIC base."""
-        _AFTER.pack_into(self.memory, _AFTER_AT, ready, interrupts, 0, cr8, apic_base)
+        words = self.u64
+        self._u32[_FLAGS] = ready | interrupts << 8
+        words[_CR8] = cr8
+        words[_APIC_BASE] = apic_base
 
     def payload(self, reason: int, layout: str, *values: object) -> int:
         """An exit whose union member is `values` packed by `layout` from offset 32."""
@@ -92,8 +98,10 @@ class RunPage:
 
     def io(self, out: int, size: int, port: int, count: int) -> int:
         """KVM_EXIT_IO; the data stands at PIO_OFFSET."""
-        self._u32[EXIT_REASON >> 2] = kvm.KVM_EXIT_IO
-        _IO.pack_into(self.memory, UNION, out, size, port, count, PIO_OFFSET)
+        words = self.u64
+        self._u32[_REASON_AT] = _EXIT_IO
+        words[_UNION] = out | size << 8 | port << 16 | count << 32
+        words[_UNION_2] = PIO_OFFSET  # data_offset
         return 0
 
     def mmio(self, gpa: int, data: bytes, is_write: bool) -> int:

@@ -36,6 +36,7 @@ from kvmapi.model.cpu.scan import Site
 from kvmapi.model.mem.secure import page_view
 
 _TAIL = scan.MAX_LENGTH - 1
+_MOST_KNOWN = 4096
 
 
 Finder = Callable[[bytes | bytearray, int, int, dict[int, Site]], None]
@@ -143,6 +144,7 @@ class CodeCache:
         self._secrets: dict[int, CodePage] = {}  # those of which there is a checksum only
         self._store_hooks: list[int] = []
         self._flushing = False
+        self.known: dict[int, Site] = {}  # sites at which the engine has stopped, by `Registers.place`
         self.stale = False  # a block may have been translated without a hook that it needs: `flush_blocks` before going on
 
     def destroy(self) -> None:
@@ -186,6 +188,7 @@ class CodeCache:
 
     def _add(self, va: int, page: CodePage) -> CodePage:
         """A page was scanned, perhaps again."""
+        self.known.clear()
         self._pages[va] = page
         self._compared.put(va, page.pointer, None if isinstance(page.seen, int) else page.seen)
         if page.secret:
@@ -209,6 +212,12 @@ class CodeCache:
         """The sensitive instruction at `va` in code of this width, if the code there is what was scanned."""
         page = self._pages.get(va & -PAGE)
         return page.sites[bits].get(va & (PAGE - 1)) if page is not None else None
+
+    def remember(self, place: int, site: Site) -> None:
+        """The engine stops there: next time it need not be looked up. Until the code, or what counts as a stop, changes."""
+        if len(self.known) >= _MOST_KNOWN:
+            self.known.clear()
+        self.known[place] = site
 
     def bytes_at(self, va: int, size: int) -> bytes:
         """Up to `size` bytes of code at `va`, as far as pages were scanned."""
@@ -235,8 +244,12 @@ class CodeCache:
 
     def verify(self) -> None:
         """Someone else had a turn: throw translations away if any code page differs from what was scanned."""
-        if not self._compared.same() or (self._secrets and any(zlib.crc32(page.view) != page.seen for page in self._secrets.values())):
+        compared = self._compared
+        if compared.differing(compared.at, compared.count) != compared.count or (self._secrets and not self._secrets_same()):
             self.flush()
+
+    def _secrets_same(self) -> bool:
+        return all(zlib.crc32(page.view) == page.seen for page in self._secrets.values())
 
     def flush_blocks(self) -> None:
         """Translate everything again, with the hooks that are there now. Not from inside the engine."""
@@ -255,6 +268,7 @@ class CodeCache:
         finally:
             self._flushing = False
         self._pages.clear()
+        self.known.clear()
         self._compared.clear()
         self._secrets.clear()
         self.pointers.clear()

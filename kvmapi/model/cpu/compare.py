@@ -11,6 +11,7 @@ import ctypes
 import functools
 import mmap
 from array import array
+from collections.abc import Callable
 
 from kvmapi.model.caller import PAGE
 
@@ -45,8 +46,8 @@ class Comparison:
     def __init__(self) -> None:
         self._pairs = array("Q")
         self._places: dict[int, int] = {}
-        self._function = _first_difference()[0]
-        self._at = self._count = 0  # of the pairs
+        self.differing: Callable[[int, int], int] = _first_difference()[0]  # the first of (at, count) that differs, or count
+        self.at = self.count = 0  # of the pairs
 
     def put(self, key: int, pointer: int, copy: bytearray | None) -> None:
         """The page at `pointer` is to be as `copy` says; without a copy, as it is."""
@@ -57,15 +58,15 @@ class Comparison:
             self._pairs.extend((pointer, other))
         else:
             self._pairs[place], self._pairs[place + 1] = pointer, other
-        self._at, self._count = self._pairs.buffer_info()
-        self._count //= 2
+        self.at, self.count = self._pairs.buffer_info()
+        self.count //= 2
 
     def clear(self) -> None:
         """No pairs any more."""
         self._pairs = array("Q")
         self._places.clear()
-        self._count = 0
+        self.count = 0
 
     def same(self) -> bool:
         """Does every pair hold the same bytes?"""
-        return bool(self._function(self._at, self._count) == self._count)
+        return self.differing(self.at, self.count) == self.count

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from kvmapi.model.ghcb.intercepts import Intercepts
     from kvmapi.model.irq.lapic import Lapic
 
-_RIP, _HFLAGS = layout.EIP >> 3, layout.HFLAGS >> 2  # indices for the hot path
+_RIP = layout.EIP >> 3
 KICKED = 1 << 20  # no errno and no KVM_RUN result: the engine lock or the vCPU is wanted elsewhere
 _UD, _SS = 6, 12
 _INVALID_STATE = 0xFFFFFFFF  # SVM's exit code for a guest state that it refuses
@@ -89,7 +89,7 @@ class Cpu:
         self.attention = False  # events or debugging want a look before the guest is entered
         self.lapic: Lapic | None = None  # where KVM_CREATE_IRQCHIP made controllers
         self.policy = policy
-        self._cr8 = 0
+        self.task_priority = 0
         self.event = -1  # the exception that the engine reported last
         self.stepped = False  # was it the stepper that ran last?
         self._code_generation = physical.code_generation
@@ -99,12 +99,12 @@ class Cpu:
     @property
     def cr8(self) -> int:
         """The task priority, which the local APIC keeps where there is one."""
-        return self._cr8 if self.lapic is None else self.lapic.cr8
+        return self.task_priority if self.lapic is None else self.lapic.cr8
 
     @cr8.setter
     def cr8(self, value: int) -> None:
         if self.lapic is None:
-            self._cr8 = value
+            self.task_priority = value
         else:
             self.lapic.cr8 = value
 
@@ -149,8 +149,10 @@ class Cpu:
     # ---- running
     def go(self) -> int:
         """Run until the VMM is needed: KVM_RUN's result with the exit written, or KICKED."""
-        mmu, physical, words = self.mmu, self.physical, self.registers.u64
-        self.hides_et = self.hides_et and self.intercepts is not None  # KVM sees CR0 as the processor has it, but of SEV-ES guests
+        mmu, physical, registers, known = self.mmu, self.physical, self.registers, self.code.known
+        words, counters = registers.u64, self.stats.counters
+        if self.hides_et:
+            self.hides_et = self.intercepts is not None  # KVM sees CR0 as the processor has it, but of SEV-ES guests
         while True:
             if physical.generation != mmu.generation or physical.code_generation != self._code_generation:
                 self.catch_up()
@@ -162,8 +164,9 @@ class Cpu:
                     continue
             mmu.fault, self.event, self.stepped = None, -1, False
             error = self.native.start(words[_RIP])
-            self.stats.counters[EXITS] += 1
-            result = self._stopped(error)
+            counters[EXITS] += 1
+            stop = known.get(registers.place()) if not error and self.event < 0 else None
+            result = self.privileged.execute(stop) if stop is not None else self._stopped(error)
             if result is None and (self.kick[0] or self.page.memory[IMMEDIATE_EXIT]):
                 result = KICKED  # a guest that is stopped again and again may never come to the next block
             if result is not None:
@@ -260,14 +263,12 @@ class Cpu:
             return self.exceptions.reported()
         if error == uc.UC_ERR_OK:
             code, registers = self.code, self.registers
-            if registers.u32[_HFLAGS] & layout.HF_CS64:
-                bits, rip = 64, registers.u64[_RIP]
-            else:
-                bits, rip = registers.code_bits, registers.linear_rip
+            rip = registers.linear_rip
             if rip in code.breakpoints:
                 return self._at_breakpoint(rip)
-            site = code.site(rip, bits)
+            site = code.site(rip, registers.code_bits)
             if site is not None:
+                code.remember(registers.place(), site)
                 return self.privileged.execute(site)
             if self.kick[0] or self.page.memory[IMMEDIATE_EXIT]:
                 return KICKED

@@ -32,11 +32,14 @@ RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 _GP = 13
 HALTED = 1 << 21  # no result of KVM_RUN: the vCPU sleeps in it
 _U64 = 0xFFFFFFFFFFFFFFFF
+_EXIT_IO_OUT = kvm.KVM_EXIT_IO_OUT
+_MASKS = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFFFFFF}
 _PIO_BUFFER = 1024  # bytes of string input KVM asks for at once
 _CR4_TSD = 1 << 2
 _DF = 1 << 10
 _ODD_PORT = 0x7E  # the only one at whose OUT user space finds RIP behind the instruction
 _RIP, _HFLAGS = layout.EIP >> 3, layout.HFLAGS >> 2  # indices for the hot path
+_CPL, _KEEP = layout.HF_CPL, layout.HF_KEEP
 
 
 def _reason(why: NoSuchMsr) -> int:
@@ -53,8 +56,10 @@ class Privileged:
         self._cpu = cpu
         self._registers = cpu.registers
         self._page = cpu.page
-        self.pending: Callable[[], int | None] | None = None
-        self._skip = (0, 0)  # (RIP, length) of an OUT that is done once user space comes back
+        self.pending: Callable[[], int | None] | None = None  # None: go on; else another exit was written
+        self._finish_out = self._out_done
+        self._words, self._modes = cpu.registers.u64, cpu.registers.u32
+        self._out_rip = self._out_length = 0  # of an OUT that is done once user space comes back
         self._site = Site("none", 0)
         self._kinds: dict[str, Callable[[Site], int | None]] = {
             "out": self._out,
@@ -83,30 +88,12 @@ class Privileged:
         except (Fault, Refused) as why:
             return self._operand_refused(why)
 
-    @property
-    def unfinished(self) -> bool:
-        """Did the last exit leave something for `complete`?"""
-        return self.pending is not None or self._skip[1] != 0
-
-    def complete(self) -> int | None:
-        """KVM_RUN is entered again: finish what the last exit left. None: go on; else another exit was written."""
-        rip, length = self._skip
-        if length:
-            self._skip = (0, 0)
-            words = self._registers.u64
-            if words[_RIP] == rip:
-                words[_RIP] = rip + length & _U64
-                if self._registers.u32[_HFLAGS] & layout.HF_KEEP:
-                    self._cpu.events.leave_shadow()
-        pending, self.pending = self.pending, None
-        return pending() if pending is not None else None
-
     def advance(self, length: int) -> None:
         """An instruction of so many bytes was executed."""
         registers = self._registers
         mask = _U64 if registers.long_mode else 0xFFFFFFFF
         registers.rip = registers.rip + length & mask
-        if registers.u32[_HFLAGS] & layout.HF_KEEP:
+        if registers.u32[_HFLAGS] & _KEEP:
             self._cpu.events.leave_shadow()
 
     def _no_privilege(self) -> int | None:
@@ -118,21 +105,29 @@ class Privileged:
 
     # ---- port I/O
     def _out(self, site: Site) -> int | None:
-        registers, page = self._registers, self._page
-        if registers.u32[_HFLAGS] & layout.HF_CPL and not self._may_do_io(site):
+        if self._modes[_HFLAGS] & _CPL and not self._may_do_io(site):
             return self._no_privilege()
-        words = registers.u64
-        data = (words[RAX] & (1 << 8 * site.size) - 1).to_bytes(site.size, "little")  # REGS is at 0: the hot path
-        port = words[RDX] & 0xFFFF if site.port is None else site.port
-        if self._policy.bus is not None and self._policy.bus.write("pio", port, data):
+        words, page, size, port = self._words, self._page, site.size, site.port
+        value = words[RAX] & _MASKS[size]  # REGS is at 0: the hot path
+        if port is None:
+            port = words[RDX] & 0xFFFF
+        bus = self._policy.bus
+        if bus is not None and bus.write("pio", port, value.to_bytes(size, "little")):
             self.advance(site.length)
             return None
-        page.memory[PIO_OFFSET : PIO_OFFSET + site.size] = data
+        page.pio[size][0] = value
         if port == _ODD_PORT and self._policy.has_quirk(kvm.KVM_X86_QUIRK_OUT_7E_INC_RIP):
             self.advance(site.length)
         else:
-            self._skip = (words[_RIP], site.length)
-        return page.io(kvm.KVM_EXIT_IO_OUT, site.size, port, 1)
+            self._out_rip, self._out_length, self.pending = words[_RIP], site.length, self._finish_out
+        return page.io(_EXIT_IO_OUT, size, port, 1)
+
+    def _out_done(self) -> None:
+        words = self._words
+        if words[_RIP] == self._out_rip:
+            words[_RIP] = self._out_rip + self._out_length & _U64
+            if self._modes[_HFLAGS] & _KEEP:
+                self._cpu.events.leave_shadow()
 
     def _in(self, site: Site) -> int | None:
         if self._registers.cpl and not self._may_do_io(site):

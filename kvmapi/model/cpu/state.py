@@ -22,6 +22,8 @@ CR4_OSFXSR, CR4_SMAP = 1 << 9, 1 << 21
 EFER_LMA = 1 << 10
 RFLAGS_VM, RFLAGS_AC = 1 << 17, 1 << 18
 MAX_PHYS_BITS = 48
+_RIP, _HFLAGS, _CS_BASE = layout.EIP >> 3, layout.HFLAGS >> 2, (SEGS + CS * SEG_SIZE >> 3) + 1  # indices for the hot path
+_CS64, _CS32, _NARROW = layout.HF_CS64, layout.HF_CS32, 1  # _NARROW: not 64 bits wide
 
 
 class Segment(NamedTuple):
@@ -108,9 +110,16 @@ class Registers:
     @property
     def linear_rip(self) -> int:
         """RIP as a linear address: with the code segment's base outside 64-bit mode."""
-        if self.long_mode:
-            return self.rip
-        return self.segment(CS).base + self.rip & 0xFFFFFFFF
+        if self.u32[_HFLAGS] & _CS64:
+            return self.u64[_RIP]
+        return self.u64[_CS_BASE] + self.u64[_RIP] & 0xFFFFFFFF
+
+    def place(self) -> int:
+        """The linear RIP and, above its 64 bits, what code runs: a number for each place in code of each width."""
+        modes = self.u32[_HFLAGS]
+        if modes & _CS64:
+            return self.u64[_RIP]
+        return (self.u64[_CS_BASE] + self.u64[_RIP] & 0xFFFFFFFF) | (modes & _CS32 | _NARROW) << 64
 
     def settle(self) -> None:
         """Derive the mode flags from CR0, CR4, EFER and the code and stack segments, after any of them was written."""

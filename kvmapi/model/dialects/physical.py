@@ -35,6 +35,7 @@ class PrivateSlots(Physical):
 
     rule: Rule
     vm: DialectVm
+    always_attended = True
 
     def stretch(self, gfn: int) -> Stretch | None:
         return None  # the rule is asked for each page

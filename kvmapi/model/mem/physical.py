@@ -77,10 +77,13 @@ def mark_dirty(slot: Slot, gfn: int) -> None:
 class Physical:
     """Guest-physical memory of a plain VM, and what the other kinds share."""
 
+    always_attended = False
+
     def __init__(self, slots: Memslots, memory: Memory) -> None:
         self.slots = slots
         self.memory = memory
         self._elsewhere = memory.elsewhere
+        self.attended = self._elsewhere or self.always_attended  # do `enter` and `leave` do anything?
         self._changes = memory.changes
         self.generation = 0  # counts changes after which every vCPU must drop its translations
         self.code_generation = 0  # counts changes after which translated blocks may be wrong

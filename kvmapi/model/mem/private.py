@@ -55,6 +55,7 @@ class EncryptedPhysical(Physical):
     def activate(self, cipher: PageCipher) -> None:
         """The guest has a key from now on."""
         self.secure = SecureMemory(cipher, self.flush, self._code_changed)
+        self.attended = True
 
     def _code_changed(self) -> None:
         self.code_generation += 1
