@@ -9,7 +9,7 @@ import pytest
 
 from kvmapi.exits import Hlt, Io
 from tests.conformance.paged import CODE32, CODE64, LONG, OTHER, TARGET, P, Paged, W
-from tests.conformance.snippets import CODE, DATA, PAGE, LongGuest, code
+from tests.conformance.snippets import CODE, DATA, PAGE, REAL_CODE, LongGuest, RealGuest, code
 from tests.model.test_cpu import together
 from tests.model.test_shadow import watchdog
 
@@ -38,6 +38,11 @@ WIDTHS = code(
     "31c0ff1c 25000003 00ff1c25 08000300 ff1c2500 000300ff 1c250800 0300f4",
     "xor eax, eax; lcall [0x30000]; lcall [0x30008]; lcall [0x30000]; lcall [0x30008]; hlt",
 )
+OUT_10 = code("e610c3", "out 0x10, al; ret")
+LEAVES = code(
+    "ffd3ffd3 c6430120 ffd3c603 f4ffd3", "call rbx; call rbx; mov byte ptr [rbx + 1], 0x20; call rbx; mov byte ptr [rbx], 0xf4; call rbx"
+)
+OUT_WORD = code("9066eff4", "nop; out dx, eax; hlt", 16)
 WIDE_CODE = code("4090cb", "inc eax; nop; retf", 32)
 
 
@@ -56,6 +61,27 @@ def test_a_function_is_patched(model_host: Any, at: int) -> None:
         guest.put(at, RETURNS_ONE)
         assert guest.again(rbx=at) == Hlt()
         assert (guest.regs().rsi, guest.regs().rax) == (1, 2)
+
+
+def test_an_instruction_that_leaves_the_guest_becomes_another(model_host: Any) -> None:
+    """The guest patches it: its operand, then its opcode."""
+    with LongGuest(model_host, LEAVES) as guest:
+        guest.put(FUNCTION, OUT_10)
+        for port, exit_ in ((0x10, guest.again(rbx=FUNCTION)), (0x10, guest.run()), (0x20, guest.run())):
+            assert isinstance(exit_, Io) and exit_.is_out and exit_.port == port
+        assert guest.run() == Hlt()
+
+
+def test_a_stop_in_code_of_another_width(model_host: Any) -> None:
+    """The same bytes at the same address, 16 and 32 bits wide: the operand's size is another."""
+    with RealGuest(model_host, OUT_WORD) as guest:
+        for wide, size in ((0, 4), (1, 2), (0, 4)):
+            sregs = guest.vcpu.get_sregs()
+            sregs.cs.db = wide
+            guest.vcpu.set_sregs(sregs)
+            guest.regs(rip=REAL_CODE)
+            exit_ = guest.run()
+            assert isinstance(exit_, Io) and exit_.size == size
 
 
 def test_code_with_two_addresses(model_host: Any) -> None:

@@ -268,7 +268,6 @@ class CodeCache:
         finally:
             self._flushing = False
         self._pages.clear()
-        self.known.clear()
         self._compared.clear()
         self._secrets.clear()
         self.pointers.clear()
