@@ -80,26 +80,30 @@ class Run:
 
     def _guest(self, out: int) -> int:
         """Everything between taking the engine and giving it back. `out`: only what the last exit left is to be finished."""
-        cpu, activity, words, privileged = self._cpu, self._activity, self._words, self._privileged
+        cpu, lock, privileged, result = self._cpu, self._lock, self._privileged, None
         if self._clock.active:
             self._clock.before_entry()
-        pending, privileged.pending = privileged.pending, None
-        result = pending() if pending is not None else None
+        pending = privileged.pending
+        if pending is not None:
+            privileged.pending = None
+            result = pending()
         if cpu.lapic is not None:
-            if activity.state == kvm.KVM_MP_STATE_UNINITIALIZED and result is None:
+            if self._activity.state == kvm.KVM_MP_STATE_UNINITIALIZED and result is None:
                 return -errno.EINTR if out else self._wait_to_be_started()
-            activity.settle()
-        entering = True
+            self._activity.settle()
+        # Who else may have changed code? Other vCPUs and ioctls, if they had the lock since; and the VMM
+        # at every entry, but what it does to encrypted pages `enter` has noticed already.
+        verify = not self._code.secret
         while result is None or result >= KICKED:
             if result == HALTED:
-                activity.halt()  # whatever follows: the instruction is done
-            if words[0] & _IMMEDIATE or self._inside.interrupted:
+                self._activity.halt()  # whatever follows: the instruction is done
+            if self._words[0] & _IMMEDIATE or self._inside.interrupted:
                 return -errno.EINTR if out else self._page.head(kvm.KVM_EXIT_INTR) - errno.EINTR
             if result == KICKED and not self._hand_over():
                 return self._page.head(kvm.KVM_EXIT_INTR) - errno.EINTR
-            if result == HALTED or activity.asked:
-                activity.settle()
-            if activity.state != _RUNNABLE:
+            if result == HALTED or self._activity.asked:
+                self._activity.settle()
+            if self._activity.state != _RUNNABLE:
                 result = self._sleep()
                 continue
             if self._sev.es_active:
@@ -107,15 +111,14 @@ class Run:
                 if ghcb is None:
                     return self._refuse_entry()
                 ghcb.finish()
-            # Who else may have changed code? Other vCPUs and ioctls, if they had the lock since; and the VMM
-            # at every entry, but what it does to encrypted pages `enter` has noticed already.
-            if self._lock.turns != self._turn + 1 or (entering and not self._code.secret):
+            if verify or lock.turns != self._turn + 1:
                 self._code.verify()
+                verify = False
             if self._fpu.stale:
                 self._fpu.drop_stale()
-            entering, self.entered = False, True
+            self.entered = True
             result = cpu.go()
-            self._turn = self._lock.turns
+            self._turn = lock.turns
         return result
 
     def _refuse_entry(self) -> int:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from kvmapi.abi import ioctls
 from kvmapi.model.caller import PAGE, Errno
 from kvmapi.model.guest_memfd import GuestMemfdFile
-from kvmapi.model.vcpu import VcpuFile
 from kvmapi.model.vm import VmFile
 from vmm.exec import filter as calls
 from vmm.exec.caller import Call, Process
@@ -38,6 +37,7 @@ _ANSWERS = frozenset((ioctls.KVM_GET_API_VERSION, ioctls.KVM_CHECK_EXTENSION, io
 _REGION = struct.Struct("<IIQQQ")
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC)  # ours, and as good as the kernel's
 _U32 = 0xFFFFFFFF
+_RUN, _X86_64 = ioctls.KVM_RUN, calls.AUDIT_ARCH_X86_64
 
 Handler = Callable[[Notification], None]
 
@@ -51,6 +51,8 @@ class Dispatcher:
         self._processes = supervisor.processes
         self._listener = supervisor.listener
         self._proceed = supervisor.listener.proceed
+        self._records = supervisor.records
+        self.waiting: dict[int, int] = {}  # threads, by notification: a thread's next call may come before we are done with its last
         names = Names(supervisor, paths, self._guarded)
         self._handlers: dict[int, Handler] = {
             calls.IOCTL: self._ioctl,
@@ -76,8 +78,9 @@ class Dispatcher:
 
     def __call__(self, notification: Notification) -> None:
         """Answer one notification. Never raises."""
+        self.waiting[notification.id] = notification.tid
         try:
-            handlers = self._handlers if notification.arch == calls.AUDIT_ARCH_X86_64 else self._handlers_32
+            handlers = self._handlers if notification.arch == _X86_64 else self._handlers_32
             handlers.get(notification.nr, self._leave)(notification)
         except Errno as failure:
             self._answer(notification, -failure.number)
@@ -90,6 +93,8 @@ class Dispatcher:
         except Exception:
             self._up.internal_error()
             self._answer(notification, -errno.EIO)
+        finally:
+            del self.waiting[notification.id]
 
     def _answer(self, notification: Notification, result: int) -> None:
         self._listener.answer(notification.id, result)
@@ -115,11 +120,17 @@ class Dispatcher:
             self._foreign_ioctl(n, process)
             return
         file, request = entry.file, n.a1 & _U32
+        if request == _RUN and entry.is_vcpu and entry.owner is process and not self._records:
+            run = entry.run  # the hot path: KVM_RUN asks its caller for memory and thread, which are the same each time
+            if run is None or run.thread != n.tid:
+                run = entry.run = self._call(n, process)
+            self._listener.answer(n.id, file.ioctl(request, n.a2, run))
+            return
         call = self._call(n, process)
         record = self._up.begin(call, file, n)
         if file.belongs_to_mm and entry.owner is not process:
             result = -errno.EIO
-        elif isinstance(file, VcpuFile):
+        elif entry.is_vcpu:
             result = file.ioctl(request, n.a2, call)
         else:
             if request not in _ANSWERS:
@@ -175,7 +186,7 @@ class Dispatcher:
     def _mmap(self, n: Notification) -> None:
         _, entry = self._find(n, n.a4)
         result = 0
-        if entry is not None and not isinstance(entry.file, VcpuFile):
+        if entry is not None and not entry.is_vcpu:
             if not isinstance(entry.file, GuestMemfdFile) or not entry.file.mappable:
                 result = -errno.ENODEV
             elif not n.a3 & calls.MAP_SHARED:

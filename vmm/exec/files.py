@@ -45,11 +45,15 @@ _libc.inotify_add_watch.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
 
 @dataclass(slots=True)
 class Entry:
-    """A file that some traced process has open. `owner`: the process that made it, whose memory it uses."""
+    """A file that some traced process has open. `owner`: the process that made it, whose memory it uses. `run`: of a vCPU,
+    the call that ran it last.
+    """
 
     file: File
     owner: Process
     guarded: bool
+    is_vcpu: bool
+    run: Call | None = None
 
 
 class FileTable:
@@ -113,7 +117,7 @@ class FileTable:
             if watch < 0:
                 raise OSError(ctypes.get_errno(), "inotify")
             with self._lock:
-                self._entries[key] = Entry(file, call.process, stand_in.guarded)
+                self._entries[key] = Entry(file, call.process, stand_in.guarded, isinstance(file, VcpuFile))
                 self._watches[watch] = key
             at = self._free_number(call) if stand_in.guarded else None
             return listener.add_fd(call.id, ours, close_on_exec=call.close_on_exec and not isinstance(file, GuestMemfdFile), at=at)
@@ -192,6 +196,6 @@ class FileTable:
 
 def _has_it(entry: Entry | None) -> bool:
     """Does the model itself have the memfd that the program has?"""
-    if entry is None or isinstance(entry.file, VcpuFile):
+    if entry is None or entry.is_vcpu:
         return entry is not None
     return isinstance(entry.file, GuestMemfdFile) and bool(entry.file.flags & kvm.GUEST_MEMFD_FLAG_INIT_SHARED)

@@ -79,9 +79,7 @@ class Listener:
 
     def answer(self, notification: int, result: int) -> bool:
         """End the call with `result`, or with errno -`result`. False: the caller is gone."""
-        if result < 0:
-            return self._send(_RESPONSE.pack(notification, 0, result, 0))
-        return self._send(_RESPONSE.pack(notification, result, 0, 0))
+        return self._send(_RESPONSE.pack(notification, 0, result, 0) if result < 0 else _RESPONSE.pack(notification, result, 0, 0))
 
     def proceed(self, notification: int) -> bool:
         """Let the kernel make the call as if we were not there. False: the caller is gone."""

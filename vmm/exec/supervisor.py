@@ -109,7 +109,6 @@ class Supervisor:
         self.fresh: set[int] = set()  # threads whose new program image has not asked anything yet
         self._local = _Local()
         self._conversions = 0
-        self._in_call: dict[int, int] = {}  # by notification: a thread's next call may come before we are done with its last
         try:
             self.child = launch.Child(options.argv, calls.program(high))
         except launch.InstallError as failure:
@@ -119,7 +118,7 @@ class Supervisor:
         self.tracer = Tracer(partial(cpuid.seen, self.platform.host_cpuid, cpuid.native), self.child.ended, self._explain)
         self.processes = Processes(lambda tgid: Process(tgid, self.tracer))
         self._dispatch = Dispatcher(self, Paths(self.platform))
-        self.pool = Pool(self.listener, self._handle, lambda: self.tracer.active)
+        self.pool = Pool(self.listener, self._dispatch, lambda: self.tracer.active)
 
     def _kernel(self) -> Fallthrough | None:
         from vmm.exec.fallthrough import Fallthrough
@@ -173,13 +172,6 @@ class Supervisor:
             names = ", ".join(str(pid) for pid in pids[:8]) + (", ..." if len(pids) > 8 else "")
             self.say(f"{self.child.name} has ended; what it started still runs ({names}) and is served. Ctrl-C ends it")
 
-    def _handle(self, notification: Notification) -> None:
-        self._in_call[notification.id] = notification.tid
-        try:
-            self._dispatch(notification)
-        finally:
-            del self._in_call[notification.id]
-
     # ---- processes
     def peek(self, tid: int) -> ProcessMemory:
         """The memory of a thread that waits in a call, for a short look."""
@@ -202,7 +194,7 @@ class Supervisor:
     def in_call(self, tgid: int) -> set[int]:
         """Threads of a process that wait in calls now."""
         with contextlib.suppress(OSError):
-            return {int(tid) for tid in os.listdir(f"/proc/{tgid}/task")} & set(self._in_call.values())
+            return {int(tid) for tid in os.listdir(f"/proc/{tgid}/task")} & set(self._dispatch.waiting.values())
         return set()
 
     def hold(self, call: Call) -> Held:
@@ -219,6 +211,11 @@ class Supervisor:
             )
 
     # ---- the recording
+    @property
+    def records(self) -> bool:
+        """Is there one?"""
+        return self._recorder is not None
+
     def begin(self, call: Call, file: File, notification: Notification) -> CallRecord | None:
         """An ioctl begins; None when nothing is recorded."""
         if self._recorder is None:

@@ -24,55 +24,55 @@ class Mirror:
     def __init__(self, tgid: int, pointers: Callable[[int], Iterable[int]]) -> None:
         self._tgid = tgid
         self._pointers = pointers
-        self._pages: dict[int, bytes] = {}  # by address: the contents when the two sides were last the same
+        self.pages: dict[int, bytes] = {}  # by address: the contents when the two sides were last the same
 
     def __len__(self) -> int:
-        return len(self._pages)
+        return len(self.pages)
 
     def add(self, address: int) -> bool:
         """The page at `address` is mirrored from now on. False when it cannot be read, or too many are."""
-        if address in self._pages:
+        if address in self.pages:
             return True
-        return len(self._pages) < MOST and self._read(address)
+        return len(self.pages) < MOST and self._read(address)
 
     def fill(self, start: int, end: int, pointer: int) -> None:
         """[start, end) stands at `pointer`, too, from now on."""
-        for address in [page for page in self._pages if start <= page < end]:
+        for address in [page for page in self.pages if start <= page < end]:
             with contextlib.suppress(OSError):
-                copying.store(pointer + address - start, self._pages[address])
+                copying.store(pointer + address - start, self.pages[address])
 
     def drop(self, start: int, end: int) -> None:
         """[start, end) is not mirrored any more."""
-        for address in [page for page in self._pages if start <= page < end]:
-            del self._pages[address]
+        for address in [page for page in self.pages if start <= page < end]:
+            del self.pages[address]
 
     def enter(self) -> None:
         """Both sides are the same afterwards."""
         self.leave()
-        for address in list(self._pages):
+        for address in list(self.pages):
             if not self._read(address):
-                del self._pages[address]
+                del self.pages[address]
 
     def leave(self) -> None:
         """What the guest has changed is in the process afterwards."""
-        for address in list(self._pages):
+        for address in list(self.pages):
             for pointer in self._pointers(address):
-                before, now = self._pages[address], ctypes.string_at(pointer, PAGE)
+                before, now = self.pages[address], ctypes.string_at(pointer, PAGE)
                 if now != before:
                     self._write(address, before, now)
-                    self._pages[address] = now
+                    self.pages[address] = now
 
     def _read(self, address: int) -> bool:
         page = copying.read(self._tgid, address, PAGE)
         if page is None:
             return False
-        if page != self._pages.get(address):
+        if page != self.pages.get(address):
             try:
                 for pointer in self._pointers(address):
                     copying.store(pointer, page)
             except OSError:
                 return False
-        self._pages[address] = page
+        self.pages[address] = page
         return True
 
     def _write(self, address: int, before: bytes, now: bytes) -> None:

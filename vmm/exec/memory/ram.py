@@ -188,14 +188,14 @@ class Ram:
     def enter(self) -> None:
         """A vCPU is about to run, or the model to read and write guest RAM."""
         self._watch.enter()
-        if len(self._mirror):
+        if self._mirror.pages:
             with self._lock:
                 self._mirror.enter()
 
     def leave(self) -> None:
         """It has."""
         self._watch.leave()
-        if len(self._mirror):
+        if self._mirror.pages:
             with self._lock:
                 self._mirror.leave()
 

@@ -10,6 +10,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from time import monotonic
 from weakref import WeakSet
 
 from kvmapi.model.caller import Stoppable
@@ -30,7 +31,7 @@ class Watch:
         self._changed = changed
         self._used: dict[int, tuple[int, Area | None]] = {}  # by start: its end, and the mapping
         self._vms: WeakSet[Stoppable] = WeakSet()
-        self._inside = 0
+        self._inside: list[None] = []  # an element for each vCPU that is inside: to add or take one needs no lock
         self._looked = 0.0
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -47,9 +48,13 @@ class Watch:
 
     def enter(self) -> None:
         """A vCPU enters."""
+        self._inside.append(None)
+        if monotonic() - self._looked > FRESH:
+            self._look_again()
+
+    def _look_again(self) -> None:
         with self._lock:
-            self._inside += 1
-            if time.monotonic() - self._looked > FRESH:
+            if monotonic() - self._looked > FRESH:
                 self.look()
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._watch, name="mappings", daemon=True)
@@ -57,8 +62,7 @@ class Watch:
 
     def leave(self) -> None:
         """It has left."""
-        with self._lock:
-            self._inside -= 1
+        self._inside.pop()
 
     def doubt(self) -> None:
         """A look is due before the next vCPU enters."""
@@ -77,7 +81,7 @@ class Watch:
             del self._used[start]
         if gone:
             self._changed(gone)
-        self._looked = time.monotonic()
+        self._looked = monotonic()
         return bool(gone)
 
     def close(self) -> None:
@@ -93,8 +97,11 @@ class Watch:
             with self._lock:
                 idle = 0 if self._inside else idle + 1
                 if self._closed or idle > _IDLE:
-                    self._thread = None
-                    return
+                    self._looked = 0.0  # whoever enters from here on looks, and starts another thread
+                    if self._closed or not self._inside:
+                        self._thread = None
+                        return
+                    idle = 0
                 vms = list(self._vms) if self._inside and self.look() else []
             for vm in vms:
                 with contextlib.suppress(OSError), vm.paused():
