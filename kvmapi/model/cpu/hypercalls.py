@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE
 from kvmapi.model.cpu.mmu import Fault
+from kvmapi.model.cpu.state import RAX, RBX, RCX, RDX, RSI
 from kvmapi.model.mem.physical import Refused
 
 if TYPE_CHECKING:
     from kvmapi.model.cpu.cpu import Cpu
     from kvmapi.model.cpu.policy import ExitPolicy
 
-RAX, RCX, RDX, RBX, _, _, RSI = range(7)
 _U64 = 0xFFFFFFFFFFFFFFFF
 _ENOSYS = 1000  # KVM_ENOSYS
 _VMMCALL = b"\x0f\x01\xd9"

@@ -1,6 +1,6 @@
 """The instructions that leave the engine, executed here: port I/O, HLT, MSRs, CPUID and the time-stamp counter.
 
-Others are in control.py, syscalls.py and hazards.py; `execute` finds them all.
+Others are in strings.py, control.py, syscalls.py and hazards.py; `execute` finds them all.
 
 An instruction that needs the VMM writes its exit and leaves `pending`: the rest of the instruction, run at the next
 KVM_RUN. RIP moves past the instruction only then, as in KVM, so that user space sees the address of the instruction
@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from kvmapi.abi import kvm
-from kvmapi.model.caller import PAGE
 from kvmapi.model.cpu import control, hazards, layout, ports, runtime_cpuid, syscalls
 from kvmapi.model.cpu.mmu import Fault
 from kvmapi.model.cpu.msrs import TSC_AUX, NoSuchMsr
 from kvmapi.model.cpu.scan import WATCHED, Site
-from kvmapi.model.cpu.state import ES
+from kvmapi.model.cpu.state import RAX, RBX, RCX, RDX
+from kvmapi.model.cpu.strings import StringIo
 from kvmapi.model.mem.physical import Refused
 from kvmapi.model.runpage import PIO_OFFSET
 from kvmapi.model.stats import HALT_EXITS
@@ -28,15 +28,12 @@ if TYPE_CHECKING:
     from kvmapi.model.cpu.cpu import Cpu
     from kvmapi.model.cpu.policy import ExitPolicy
 
-RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 _GP = 13
 HALTED = 1 << 21  # no result of KVM_RUN: the vCPU sleeps in it
 _U64 = 0xFFFFFFFFFFFFFFFF
 _EXIT_IO_OUT = kvm.KVM_EXIT_IO_OUT
 _MASKS = {1: 0xFF, 2: 0xFFFF, 4: 0xFFFFFFFF}
-_PIO_BUFFER = 1024  # bytes of string input KVM asks for at once
 _CR4_TSD = 1 << 2
-_DF = 1 << 10
 _ODD_PORT = 0x7E  # the only one at whose OUT user space finds RIP behind the instruction
 _RIP, _HFLAGS = layout.EIP >> 3, layout.HFLAGS >> 2  # indices for the hot path
 _CPL, _KEEP = layout.HF_CPL, layout.HF_KEEP
@@ -61,11 +58,12 @@ class Privileged:
         self._words, self._modes = cpu.registers.u64, cpu.registers.u32
         self._out_rip = self._out_length = 0  # of an OUT that is done once user space comes back
         self._site = Site("none", 0)
+        strings = StringIo(self, cpu, policy)
         self._kinds: dict[str, Callable[[Site], int | None]] = {
             "out": self._out,
             "in": self._in,
-            "outs": self._outs,
-            "ins": self._ins,
+            "outs": strings.outs,
+            "ins": strings.ins,
             "hlt": self._hlt,
             "rdmsr": self._rdmsr,
             "wrmsr": self._wrmsr,
@@ -86,7 +84,7 @@ class Privileged:
         try:
             return self._kinds[site.kind](site)
         except (Fault, Refused) as why:
-            return self._operand_refused(why)
+            return self.operand_refused(why)
 
     def advance(self, length: int) -> None:
         """An instruction of so many bytes was executed."""
@@ -96,17 +94,19 @@ class Privileged:
         if registers.u32[_HFLAGS] & _KEEP:
             self._cpu.events.leave_shadow()
 
-    def _no_privilege(self) -> int | None:
+    def no_privilege(self) -> int | None:
+        """#GP: the code that runs may not do that."""
         return self._cpu.raise_in_guest(_GP, 0)
 
-    def _may_do_io(self, site: Site) -> bool:
+    def may_do_io(self, site: Site) -> bool:
+        """May the code that runs use the instruction's port? Asked of code that is not in ring 0."""
         port = self._registers.gpr(RDX) & 0xFFFF if site.port is None else site.port
         return ports.allowed(self._registers, self._cpu.mmu, port, site.size)
 
     # ---- port I/O
     def _out(self, site: Site) -> int | None:
-        if self._modes[_HFLAGS] & _CPL and not self._may_do_io(site):
-            return self._no_privilege()
+        if self._modes[_HFLAGS] & _CPL and not self.may_do_io(site):
+            return self.no_privilege()
         words, page, size, port = self._words, self._page, site.size, site.port
         value = words[RAX] & _MASKS[size]  # REGS is at 0: the hot path
         if port is None:
@@ -130,17 +130,17 @@ class Privileged:
                 self._cpu.events.leave_shadow()
 
     def _in(self, site: Site) -> int | None:
-        if self._registers.cpl and not self._may_do_io(site):
-            return self._no_privilege()
+        if self._registers.cpl and not self.may_do_io(site):
+            return self.no_privilege()
         self._site = site
         port = self._registers.gpr(RDX) & 0xFFFF if site.port is None else site.port
-        if self._read_kernels(port, site.size, 1):
+        if self.read_kernels(port, site.size, 1):
             self._in_done()
             return None
         self.pending = self._in_done
         return self._page.io(kvm.KVM_EXIT_IO_IN, site.size, port, 1)
 
-    def _read_kernels(self, port: int, size: int, count: int) -> bool:
+    def read_kernels(self, port: int, size: int, count: int) -> bool:
         """Ask KVM's own devices for what an IN reads, into the page; False where there is none at the port."""
         bus, page = self._policy.bus, self._page
         for at in range(PIO_OFFSET, PIO_OFFSET + count * size, size):
@@ -154,97 +154,14 @@ class Privileged:
         size = self._site.size
         value = int.from_bytes(self._page.memory[PIO_OFFSET : PIO_OFFSET + size], "little")
         old = self._registers.gpr(RAX)
-        self._set_gpr(RAX, value if size == 4 else old & ~((1 << 8 * size) - 1) | value)
+        self.set_gpr(RAX, value if size == 4 else old & ~((1 << 8 * size) - 1) | value)
         self.advance(self._site.length)
 
-    def _string(self, site: Site, index: int) -> tuple[int, int, bool]:
-        """(linear address of the element, repetitions left and possible without a fault, backwards). Raises Fault when
-        the element lies outside its segment.
-        """
-        registers = self._registers
-        mask = (1 << 8 * site.address_size) - 1
-        count, backwards = registers.gpr(RCX) & mask if site.repeat else 1, bool(self._cpu.native.flags() & _DF)
-        segment, offset = ES if index == RDI else site.segment, registers.gpr(index) & mask
-        if registers.long_mode:
-            return (registers.segment(segment).base if segment >= 4 else 0) + offset & _U64, count, backwards
-        if count:
-            count = min(count, ports.room(registers, segment, offset, site.size, mask, store=index == RDI, backwards=backwards))
-        return registers.segment(segment).base + offset & 0xFFFFFFFF, count, backwards
-
-    def _move(self, site: Site, index: int, elements: int, backwards: bool) -> None:
-        """Advance the index register and the count by so many elements; leave the instruction when the count is used
-        up.
-        """
-        registers = self._registers
-        mask = (1 << 8 * site.address_size) - 1
-        step = -site.size if backwards else site.size
-        self._set_index(index, registers.gpr(index) + elements * step, mask)
-        left = 0
-        if site.repeat:
-            left = (registers.gpr(RCX) & mask) - elements
-            self._set_index(RCX, left, mask)
-        if not left:
-            self.advance(site.length)
-
-    def _outs(self, site: Site) -> int | None:
-        if self._registers.cpl and not self._may_do_io(site):
-            return self._no_privilege()
-        address, count, backwards = self._string(site, RSI)
-        if not count:
-            self.advance(site.length)
-            return None
-        data = self._cpu.mmu.read(address, site.size, user=self._registers.cpl == 3)
-        self._site = site
-        self._backwards = backwards
-        if self._policy.bus is not None and self._policy.bus.write("pio", self._registers.gpr(RDX) & 0xFFFF, data):
-            self._outs_done()
-            return None
-        self._page.memory[PIO_OFFSET : PIO_OFFSET + site.size] = data
-        self.pending = self._outs_done
-        return self._page.io(kvm.KVM_EXIT_IO_OUT, site.size, self._registers.gpr(RDX) & 0xFFFF, 1)
-
-    def _outs_done(self) -> None:
-        self._move(self._site, RSI, 1, self._backwards)
-
-    def _ins(self, site: Site) -> int | None:
-        if self._registers.cpl and not self._may_do_io(site):
-            return self._no_privilege()
-        address, count, backwards = self._string(site, RDI)
-        if not count:
-            self.advance(site.length)
-            return None
-        room = (address & (PAGE - 1)) + site.size if backwards else PAGE - (address & (PAGE - 1))
-        count = max(1, min(count, room // site.size, _PIO_BUFFER // site.size))
-        self._site, self._backwards, self._string_at, self._string_count = site, backwards, address, count
-        port = self._registers.gpr(RDX) & 0xFFFF
-        if self._read_kernels(port, site.size, count):
-            return self._ins_done()
-        self.pending = self._ins_done
-        return self._page.io(kvm.KVM_EXIT_IO_IN, site.size, port, count)
-
-    def _ins_done(self) -> int | None:
-        size, site = self._site.size, self._site
-        left = self._registers.gpr(RCX) & (1 << 8 * site.address_size) - 1 if site.repeat else 1
-        if not left:  # user space took the count away
-            self.advance(site.length)
-            return None
-        for number in range(min(left, self._string_count)):
-            at = PIO_OFFSET + number * size
-            where = self._string_at + (-number if self._backwards else number) * size & _U64
-            try:
-                self._cpu.mmu.write(where, self._page.memory[at : at + size], user=self._registers.cpl == 3)
-            except (Fault, Refused) as why:
-                return self._operand_refused(why)
-            self._move(site, RDI, 1, self._backwards)
-        return None
-
-    def _operand_refused(self, why: Fault | Refused) -> int | None:
+    def operand_refused(self, why: Fault | Refused) -> int | None:
+        """What becomes of an instruction whose memory operand cannot be accessed."""
         if isinstance(why, Fault):
             return self._cpu.raise_in_guest(why.vector, why.error, why.address)
         return self._cpu.refusals.result(why)
-
-    _backwards = False
-    _string_at = _string_count = 0
 
     def _flags_instruction(self, site: Site) -> int | None:
         return self._cpu.events.flags_instruction(site)
@@ -252,7 +169,7 @@ class Privileged:
     # ---- HLT
     def _hlt(self, site: Site) -> int | None:
         if self._registers.cpl:
-            return self._no_privilege()
+            return self.no_privilege()
         self.advance(site.length)
         self._cpu.stats.counters[HALT_EXITS] += 1
         return self._page.head(kvm.KVM_EXIT_HLT) if self._cpu.lapic is None else HALTED
@@ -264,34 +181,30 @@ class Privileged:
         self._cpu.attention |= bool(self._cpu.watching[0])  # SYSRET may set IF
 
     # ---- CPUID and MSRs
-    def _set_gpr(self, number: int, value: int) -> None:
+    def set_gpr(self, number: int, value: int) -> None:
+        """Write a general register, by the encoder's number."""
         self._registers.set_gpr(number, value & _U64)
-
-    def _set_index(self, number: int, value: int, mask: int) -> None:
-        """A write of an address-sized register: 32 bits clear the upper half, 16 bits keep the rest."""
-        old = self._registers.gpr(number) if mask == 0xFFFF else 0
-        self._set_gpr(number, old & ~mask | value & mask)
 
     def _rdtsc(self, site: Site) -> int | None:
         """RDTSC and RDTSCP read what MSR 0x10 shows, and not the engine's own count."""
         registers = self._registers
         if registers.cpl and registers.cr(4) & _CR4_TSD:
-            return self._no_privilege()
+            return self.no_privilege()
         value = self._cpu.msrs.tsc()
-        self._set_gpr(RAX, value & 0xFFFFFFFF)
-        self._set_gpr(RDX, value >> 32)
+        self.set_gpr(RAX, value & 0xFFFFFFFF)
+        self.set_gpr(RDX, value >> 32)
         if site.kind == "rdtscp":
-            self._set_gpr(RCX, self._cpu.msrs.read(TSC_AUX, host=True))
+            self.set_gpr(RCX, self._cpu.msrs.read(TSC_AUX, host=True))
         self.advance(site.length)
         return None
 
     def _cpuid(self, site: Site) -> int | None:
         registers = self._registers
         if registers.cpl and self._cpu.msrs.machine.faults_cpuid:
-            return self._no_privilege()
+            return self.no_privilege()
         values = self.cpuid(registers.gpr(RAX) & 0xFFFFFFFF, registers.gpr(RCX) & 0xFFFFFFFF)
         for number, value in zip((RAX, RBX, RCX, RDX), values):
-            self._set_gpr(number, value)
+            self.set_gpr(number, value)
         self.advance(site.length)
         return None
 
@@ -301,7 +214,7 @@ class Privileged:
 
     def _rdmsr(self, site: Site) -> int | None:
         if self._registers.cpl:
-            return self._no_privilege()
+            return self.no_privilege()
         number = self._registers.gpr(RCX) & 0xFFFFFFFF
         if self._policy.msr_filter is not None and not self._policy.msr_filter.allows(number, kvm.KVM_MSR_FILTER_READ):
             return self._msr_to_user(site, kvm.KVM_EXIT_X86_RDMSR, number, 0, kvm.KVM_MSR_EXIT_REASON_FILTER)
@@ -313,13 +226,13 @@ class Privileged:
         return None
 
     def _rdmsr_result(self, value: int, length: int) -> None:
-        self._set_gpr(RAX, value & 0xFFFFFFFF)
-        self._set_gpr(RDX, value >> 32 & 0xFFFFFFFF)
+        self.set_gpr(RAX, value & 0xFFFFFFFF)
+        self.set_gpr(RDX, value >> 32 & 0xFFFFFFFF)
         self.advance(length)
 
     def _wrmsr(self, site: Site) -> int | None:
         if self._registers.cpl:
-            return self._no_privilege()
+            return self.no_privilege()
         registers = self._registers
         number = registers.gpr(RCX) & 0xFFFFFFFF
         value = registers.gpr(RAX) & 0xFFFFFFFF | (registers.gpr(RDX) & 0xFFFFFFFF) << 32
@@ -334,7 +247,7 @@ class Privileged:
 
     def _msr_to_user(self, site: Site, exit_reason: int, number: int, value: int, reason: int) -> int | None:
         if not self._policy.msr_reasons & reason:
-            return self._no_privilege()
+            return self.no_privilege()
         self._site = site
         self.pending = self._msr_done
         self._msr_read = exit_reason == kvm.KVM_EXIT_X86_RDMSR
@@ -344,7 +257,7 @@ class Privileged:
 
     def _msr_done(self) -> int | None:
         if self._page.read("<B", 32):
-            return self._no_privilege()
+            return self.no_privilege()
         if self._msr_read:
             self._rdmsr_result(self._page.read("<Q", 48), self._site.length)
         else:

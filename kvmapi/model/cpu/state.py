@@ -15,6 +15,7 @@ from kvmapi.model.cpu.layout import SEG_SIZE, SEGS, Layout
 from kvmapi.model.cpu.native import Native
 
 ES, CS, SS, DS, FS, GS, LDT, TR, GDT, IDT = range(10)
+RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)  # general registers, by the encoder's number
 _SEGMENT = struct.Struct("<IIQII")
 F_TYPE_SHIFT, F_S, F_DPL_SHIFT, F_P, F_AVL, F_L, F_DB, F_G = 8, 1 << 12, 13, 1 << 15, 1 << 20, 1 << 21, 1 << 22, 1 << 23
 CR0_PE, CR0_MP, CR0_EM, CR0_TS = 1, 2, 4, 8

@@ -14,6 +14,7 @@ from kvmapi.abi import ghcb as abi
 from kvmapi.abi import kvm
 from kvmapi.model.caller import Errno
 from kvmapi.model.cpu.msrs import SEV_STATUS, NoSuchMsr
+from kvmapi.model.cpu.state import RAX, RBX, RCX, RDX
 from kvmapi.model.ghcb import msr_protocol
 from kvmapi.model.ghcb.msr_protocol import Hold
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from kvmapi.model.ghcb.unit import GhcbUnit
 
 Handler = Callable[["GhcbUnit", "Request"], int | None]
-RAX, RCX, RDX, RBX, RSP, RBP, RSI = range(7)
 _UD, _GP = 6, 13
 _U32, _U64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 _ERROR_AT, _DATA_AT = 32, 48  # in kvm_run, of an MSR exit

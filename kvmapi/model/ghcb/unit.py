@@ -19,6 +19,7 @@ from kvmapi.abi import kvm
 from kvmapi.model.caller import Errno
 from kvmapi.model.cpu import fpu
 from kvmapi.model.cpu.cpu import KICKED, Cpu
+from kvmapi.model.cpu.state import RAX, RBX, RCX, RDX
 from kvmapi.model.ghcb import events, io, memory, msr_protocol, page, scratch
 from kvmapi.model.ghcb.msr_protocol import Hold
 from kvmapi.model.mem.physical import Refused
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from kvmapi.model.sev.context import SevContext
     from kvmapi.model.vcpu import VcpuFile
 
-RAX, RCX, RDX, RBX = range(4)
 _SNP_ONLY = frozenset((abi.SVM_VMGEXIT_AP_CREATION, abi.SVM_VMGEXIT_GUEST_REQUEST, abi.SVM_VMGEXIT_EXT_GUEST_REQUEST, abi.SVM_VMGEXIT_PSC))
 _HANDLERS = {**events.HANDLERS, **io.HANDLERS}
 _GENERAL = struct.Struct("<4Q16xQ72x")  # 16 registers in the encoder's order: RAX, RCX, RDX, RBX, then RSI; zeroes elsewhere
