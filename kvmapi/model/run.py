@@ -21,7 +21,7 @@ from kvmapi.model.cpu import layout
 from kvmapi.model.cpu.cpu import KICKED
 from kvmapi.model.cpu.privileged import HALTED
 from kvmapi.model.lock import SLICE
-from kvmapi.model.runpage import CR8, IMMEDIATE_EXIT, REQUEST_WINDOW
+from kvmapi.model.runpage import APIC_BASE, CR8, IMMEDIATE_EXIT, READY, REQUEST_WINDOW
 from kvmapi.model.sync_regs import SYNC_AT
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ _EFLAGS = layout.EFLAGS >> 3
 _VMRUN_FAILED = (1 << 64) - 1  # SVM_EXIT_ERR: the processor did not take the VMSA
 _RUNNABLE = kvm.KVM_MP_STATE_RUNNABLE
 _WINDOW, _IMMEDIATE = 0xFF << 8 * REQUEST_WINDOW, 0xFF << 8 * IMMEDIATE_EXIT  # in kvm_run's first word
-_VALID, _DIRTY, _CR8 = SYNC_AT >> 3, (SYNC_AT >> 3) + 1, CR8 >> 3
+_VALID, _DIRTY, _CR8, _APIC_BASE = SYNC_AT >> 3, (SYNC_AT >> 3) + 1, CR8 >> 3, APIC_BASE >> 3  # 64-bit words of kvm_run
+_READY = READY >> 2  # a 32-bit one
 
 
 class Run:
@@ -42,7 +43,7 @@ class Run:
         self._vcpu = vcpu
         self._cpu = cpu = vcpu.cpu
         self._page = vcpu.page
-        self._words = vcpu.page.u64
+        self._words, self._flags = vcpu.page.u64, vcpu.page.u32
         self._state = cpu.registers.u64
         self._clock, self._activity, self._inside = vcpu.clock, vcpu.activity, vcpu.inside
         self._privileged, self._events, self._code = cpu.privileged, cpu.events, cpu.code
@@ -201,10 +202,14 @@ class Run:
         enabled = self._state[_EFLAGS] & _IF != 0
         if enabled and self._sev.es_active:  # the processor tells KVM, once it has run the guest
             enabled = self._vcpu.ghcb is not None and self.entered
+        words = self._words
         if cpu.lapic is None:
-            ready, task_priority = enabled and self._events.takes_interrupts(), cpu.task_priority
+            ready = enabled and self._events.takes_interrupts()
+            words[_CR8] = cpu.task_priority
         else:
-            ready, task_priority = True, cpu.cr8
-        self._page.after_run(ready, enabled, task_priority, cpu.msrs.apic_base)
+            ready = True
+            words[_CR8] = cpu.cr8
+        self._flags[_READY] = ready | enabled << 8  # ready_for_interrupt_injection, if_flag, flags
+        words[_APIC_BASE] = cpu.msrs.apic_base
         if valid:
             sync_regs.give(self._vcpu, valid)

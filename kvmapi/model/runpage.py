@@ -18,10 +18,8 @@ from kvmapi.model.placeholder import StandIn, keeps_its_size
 SIZE = 3 * mmap.PAGESIZE
 PIO_OFFSET = mmap.PAGESIZE
 RING_OFFSET = 2 * mmap.PAGESIZE
-REQUEST_WINDOW, IMMEDIATE_EXIT, KICK, EXIT_REASON, CR8, UNION = 0, 1, 2, 8, 16, 32
-# Indices for the hot path: of 32-bit words (_FLAGS: ready_for_interrupt_injection, if_flag, 16 bits of flags), and of 64-bit ones.
-_REASON_AT, _FLAGS = EXIT_REASON >> 2, 12 >> 2
-_CR8, _APIC_BASE, _UNION, _UNION_2 = CR8 >> 3, 24 >> 3, UNION >> 3, (UNION >> 3) + 1
+REQUEST_WINDOW, IMMEDIATE_EXIT, KICK, EXIT_REASON, READY, CR8, APIC_BASE, UNION = 0, 1, 2, 8, 12, 16, 24, 32
+_REASON_AT, _UNION, _UNION_2 = EXIT_REASON >> 2, UNION >> 3, (UNION >> 3) + 1  # indices for the hot path, in words
 _EXIT_IO = kvm.KVM_EXIT_IO
 _REASON = struct.Struct("<I")
 _MAP_FIXED = 0x10
@@ -41,7 +39,7 @@ class RunPage:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.kick = memoryview(self.memory)[KICK : KICK + 1]
         self.u64 = memoryview(self.memory).cast("Q")
-        self._u32 = memoryview(self.memory).cast("I")
+        self.u32 = memoryview(self.memory).cast("I")
         data = memoryview(self.memory)[PIO_OFFSET:RING_OFFSET]
         self.pio = {1: data, 2: data.cast("H"), 4: data.cast("I")}  # element 0: the data of one access, by its size
         self.ring = -1  # the memfd of the first vCPU, which has the VM's ring; -1 where this is that vCPU
@@ -72,7 +70,7 @@ class RunPage:
 
     def destroy(self) -> None:
         """The last holder is gone. The VMM's own mapping, if any is left, keeps its memory."""
-        for view in (self.kick, self.u64, self._u32, self.pio[4], self.pio[2], self.pio[1]):
+        for view in (self.kick, self.u64, self.u32, self.pio[4], self.pio[2], self.pio[1]):
             view.release()
         self.memory.close()
         os.close(self._fd)
@@ -83,13 +81,6 @@ class RunPage:
         _REASON.pack_into(self.memory, EXIT_REASON, reason)
         return 0
 
-    def after_run(self, ready: bool, interrupts: bool, cr8: int, apic_base: int) -> None:
-        """What every return of KVM_RUN fills in: may user space inject an interrupt, RFLAGS.IF, CR8, APIC base."""
-        words = self.u64
-        self._u32[_FLAGS] = ready | interrupts << 8
-        words[_CR8] = cr8
-        words[_APIC_BASE] = apic_base
-
     def payload(self, reason: int, layout: str, *values: object) -> int:
         """An exit whose union member is `values` packed by `layout` from offset 32."""
         _REASON.pack_into(self.memory, EXIT_REASON, reason)
@@ -99,7 +90,7 @@ class RunPage:
     def io(self, out: int, size: int, port: int, count: int) -> int:
         """KVM_EXIT_IO; the data stands at PIO_OFFSET."""
         words = self.u64
-        self._u32[_REASON_AT] = _EXIT_IO
+        self.u32[_REASON_AT] = _EXIT_IO
         words[_UNION] = out | size << 8 | port << 16 | count << 32
         words[_UNION_2] = PIO_OFFSET  # data_offset
         return 0

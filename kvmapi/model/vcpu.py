@@ -176,13 +176,17 @@ class VcpuFile(File):
         """KVM_RUN as a function of nothing: the result, or -errno. It does not watch for signals, which costs two
         system calls a run: who uses it stops the vCPU by immediate_exit, which the model notices at the next block.
         """
-        run = self._run_unwatched
+        mutex, run = self.mutex, self.running
 
         def call() -> int:
             try:
-                return run(caller)
+                with mutex:
+                    return run(caller) if not self.dead else -errno.EBADF
             except Errno as failure:
                 return -failure.number
+            finally:
+                if self.dead:
+                    self._reap()
 
         return call
 
@@ -201,16 +205,6 @@ class VcpuFile(File):
                     if inside.interrupted:
                         self.stats.counters[SIGNAL_EXITS] += 1
                     inside.leave()
-        finally:
-            if self.dead:
-                self._reap()
-
-    def _run_unwatched(self, caller: Caller) -> int:
-        try:
-            with self.mutex:
-                if self.dead:
-                    raise Errno(errno.EBADF)
-                return self.running(caller)
         finally:
             if self.dead:
                 self._reap()

@@ -144,7 +144,7 @@ class CodeCache:
         self._secrets: dict[int, CodePage] = {}  # those of which there is a checksum only
         self._store_hooks: list[int] = []
         self._flushing = False
-        self.known: dict[int, Site] = {}  # sites at which the engine has stopped, by `Registers.place`
+        self.known: dict[int, Callable[[], int | None]] = {}  # what is done at stops that were met, by `Registers.place`
         self.stale = False  # a block may have been translated without a hook that it needs: `flush_blocks` before going on
 
     def destroy(self) -> None:
@@ -213,11 +213,11 @@ class CodeCache:
         page = self._pages.get(va & -PAGE)
         return page.sites[bits].get(va & (PAGE - 1)) if page is not None else None
 
-    def remember(self, place: int, site: Site) -> None:
-        """The engine stops there: next time it need not be looked up. Until the code, or what counts as a stop, changes."""
+    def remember(self, place: int, stop: Callable[[], int | None]) -> None:
+        """The engine stops there, and `stop` is done: next time it need not be looked up. Until the code is scanned again."""
         if len(self.known) >= _MOST_KNOWN:
             self.known.clear()
-        self.known[place] = site
+        self.known[place] = stop
 
     def bytes_at(self, va: int, size: int) -> bytes:
         """Up to `size` bytes of code at `va`, as far as pages were scanned."""

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from kvmapi.model.ghcb.intercepts import Intercepts
     from kvmapi.model.irq.lapic import Lapic
 
-_RIP = layout.EIP >> 3
+_RIP, _HFLAGS, _CS64 = layout.EIP >> 3, layout.HFLAGS >> 2, layout.HF_CS64  # for the hot path
 KICKED = 1 << 20  # no errno and no KVM_RUN result: the engine lock or the vCPU is wanted elsewhere
 _UD, _SS = 6, 12
 _INVALID_STATE = 0xFFFFFFFF  # SVM's exit code for a guest state that it refuses
@@ -150,7 +150,7 @@ class Cpu:
     def go(self) -> int:
         """Run until the VMM is needed: KVM_RUN's result with the exit written, or KICKED."""
         mmu, physical, registers, known = self.mmu, self.physical, self.registers, self.code.known
-        words, counters = registers.u64, self.stats.counters
+        words, modes, counters = registers.u64, registers.u32, self.stats.counters
         if self.hides_et:
             self.hides_et = self.intercepts is not None  # KVM sees CR0 as the processor has it, but of SEV-ES guests
         while True:
@@ -165,8 +165,14 @@ class Cpu:
             mmu.fault, self.event, self.stepped = None, -1, False
             error = self.native.start(words[_RIP])
             counters[EXITS] += 1
-            stop = known.get(registers.place()) if not error and self.event < 0 else None
-            result = self.privileged.execute(stop) if stop is not None else self._stopped(error)
+            stop = known.get(words[_RIP] if modes[_HFLAGS] & _CS64 else registers.place())
+            if stop is None or error or self.event >= 0:
+                result = self._stopped(error)
+            else:
+                try:
+                    result = stop()
+                except (Fault, Refused) as why:
+                    result = self.privileged.operand_refused(why)
             if result is None and (self.kick[0] or self.page.memory[IMMEDIATE_EXIT]):
                 result = KICKED  # a guest that is stopped again and again may never come to the next block
             if result is not None:
@@ -268,7 +274,7 @@ class Cpu:
                 return self._at_breakpoint(rip)
             site = code.site(rip, registers.code_bits)
             if site is not None:
-                code.remember(registers.place(), site)
+                code.remember(registers.place(), self.privileged.prepared(site))
                 return self.privileged.execute(site)
             if self.kick[0] or self.page.memory[IMMEDIATE_EXIT]:
                 return KICKED

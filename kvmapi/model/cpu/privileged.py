@@ -86,6 +86,10 @@ class Privileged:
         except (Fault, Refused) as why:
             return self.operand_refused(why)
 
+    def prepared(self, site: Site) -> Callable[[], int | None]:
+        """What `execute` does with it, but for a Fault or Refused of its operand."""
+        return functools.partial(self._kinds[site.kind], site)
+
     def advance(self, length: int) -> None:
         """An instruction of so many bytes was executed."""
         registers = self._registers
