@@ -144,14 +144,16 @@ def _model() -> Any:
 
 
 def open_fds() -> dict[int, str]:
-    """This process's fds and what they are, but the one that reads the list."""
+    """This process's fds and what they are, but the one that reads the list, and the one that the model's first engine
+    opens for good.
+    """
     found = {}
     for name in os.listdir("/proc/self/fd"):
         try:
             found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
         except OSError:
             pass  # the directory's own fd, closed by now
-    return found
+    return {fd: what for fd, what in found.items() if what != f"/proc/{os.getpid()}/mem"}
 
 
 _MAPPED = ("memfd:", "anon_inode:", "secretmem", "/dev/kvm", "/dev/zero")
