@@ -79,6 +79,8 @@ class Inside:
         self.interrupted = False
         self.runs += 1
         self.thread = thread or threading.get_native_id()
+        if WATCHER.asleep:
+            WATCHER.wake()
 
     def leave(self) -> None:
         """KVM_RUN ends: what is pending is delivered here."""
@@ -167,19 +169,23 @@ def leave_signals_to_others() -> None:
 
 
 class Watcher:
-    """One thread for all vCPUs of the process; it lives while there are any."""
+    """One thread for all vCPUs of the process; it lives while there are any, and sleeps while none of them enters: a thread that
+    wakes up every few milliseconds takes the interpreter's lock from those that run guests without being watched.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._watched: set[Inside] = set()
         self._wake = threading.Event()
+        self._runs = 0  # of all vCPUs, when the thread looked last
+        self.asleep = False  # who enters must wake it
 
     def add(self, inside: Inside) -> None:
         """A vCPU exists."""
         with self._lock:
             self._watched.add(inside)
             if len(self._watched) == 1:
-                self._wake = threading.Event()
+                self._wake, self.asleep = threading.Event(), False
                 threading.Thread(target=self._main, args=(self._wake,), name="sevmm-signals", daemon=True).start()
 
     def remove(self, inside: Inside) -> None:
@@ -189,21 +195,41 @@ class Watcher:
             if not self._watched:
                 self._wake.set()
 
+    def wake(self) -> None:
+        """Somebody is inside, and the thread was asleep."""
+        self.asleep = False
+        self._wake.set()
+
     def job_continued(self) -> None:
         """SIGCONT came to us: the watcher, stopped too, has missed what the stop did to threads of others."""
         with self._lock:
             for inside in self._watched:
                 inside.stopped()
 
-    def _main(self, end: threading.Event) -> None:
+    def _main(self, wake: threading.Event) -> None:
         leave_signals_to_others()
-        while not end.wait(LOOK):
+        while self._rest(wake):
             with self._lock:
                 watched = list(self._watched)
             for inside in watched:
                 with self._lock:  # a vCPU that is being taken away waits for this look
                     if inside in self._watched:
                         inside.look()
+
+    def _rest(self, wake: threading.Event) -> bool:
+        """Wait until it is time to look; False when the thread is to end."""
+        with self._lock:
+            if not self._watched or wake is not self._wake:
+                return False
+            wake.clear()
+            runs = sum(inside.runs for inside in self._watched)
+            self._runs, unused = runs, runs == self._runs
+            self.asleep = unused  # first this, then the question: who has not seen it is seen
+            if unused and any(inside.thread for inside in self._watched):
+                self.asleep = False
+            seconds = None if self.asleep else LOOK
+        wake.wait(seconds)
+        return True
 
 
 WATCHER = Watcher()
