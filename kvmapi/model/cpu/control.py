@@ -125,6 +125,11 @@ def undefined(_cpu: Cpu, _site: Site) -> None:
     raise Fault(_UD, None)
 
 
+def vmmcall(cpu: Cpu, site: Site) -> int | None:
+    """VMMCALL. (In an SEV-ES guest ghcb/intercepts.py has it.)"""
+    return cpu.hypercalls.execute(site.length)
+
+
 INSTRUCTIONS = {
     "mov_to_cr": mov_to_cr,
     "mov_from_cr": mov_from_cr8,
@@ -134,6 +139,7 @@ INSTRUCTIONS = {
     "mwait": monitor_mwait,
     "xsetbv": xsetbv,
     "ltr": ltr,
+    "vmmcall": vmmcall,
     "undefined": undefined,
 }
 

@@ -1,6 +1,6 @@
 """Exceptions of one vCPU: those that the engine raises, those that the model finds, and their way into the guest.
 
-The engine stops at an exception and never delivers it. Some of what it calls an invalid opcode is none: hypercalls, and
+The engine stops at an exception and never delivers it. Some of what it calls an invalid opcode is none: VMCALL, and
 the few instructions that its processor lacks. What the guest cannot take ends KVM_RUN: a triple fault is
 KVM_EXIT_SHUTDOWN, what KVM would have to emulate and cannot is KVM_EXIT_INTERNAL_ERROR with the instruction's bytes.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _UD = 6
 _EXIT_NPF, _NPF_USER = 0x400, 1 << 32 | 1 << 2  # the exit that KVM reports a failed delivery with, and its first information
 _CLAC, _STAC, _RDPMC = b"\x0f\x01\xca", b"\x0f\x01\xcb", b"\x0f\x33"
-_VMCALL, _VMMCALL = b"\x0f\x01\xc1", b"\x0f\x01\xd9"
+_VMCALL = b"\x0f\x01\xc1"
 
 
 class Exceptions:
@@ -70,8 +70,8 @@ class Exceptions:
         if code[:2] == _RDPMC:  # there are no counters
             return self.raise_in_guest(GP_VECTOR, 0)
         prefix = 1 if code[:1] in (b"\xf3", b"\xf2", b"\x66") else 0
-        if code[prefix : prefix + 3] in (_VMCALL, _VMMCALL):
-            return cpu.hypercalls.execute(prefix + 3) if code[prefix : prefix + 3] == _VMMCALL else cpu.hypercalls.foreign()
+        if code[prefix : prefix + 3] == _VMCALL:
+            return cpu.hypercalls.foreign()
         return self.raise_in_guest(_UD, None)
 
     def raise_in_guest(

@@ -7,10 +7,11 @@ middle of another instruction is never reached as a start, so its hook never fir
 the instruction that is really executed; every possible start gets an entry of its own, with the prefixes seen from
 there.
 
-Found here: IN OUT INS OUTS HLT RDMSR WRMSR RDTSC RDTSCP CPUID XSETBV MONITOR MWAIT, MOV to CR0, CR3, CR4 and CR8 and
+Found here: IN OUT INS OUTS HLT RDMSR WRMSR RDTSC RDTSCP CPUID XSETBV MONITOR MWAIT VMMCALL, MOV to CR0, CR3, CR4 and CR8 and
 from CR8, MOV to and from DRn, SYSCALL SYSRET SYSENTER SYSEXIT, LTR of a register, and with `flags` STI POPF IRET; with any legacy or REX
-prefix (with LOCK they are undefined). hazards.py adds what the engine gets wrong. VMCALL, VMMCALL and other invalid
-opcodes stop the engine by themselves, and so do the above when they are longer than 15 bytes.
+prefix (with LOCK they are undefined). hazards.py adds what the engine gets wrong. VMCALL and other invalid opcodes
+stop the engine by themselves, and so do the above when they are longer than 15 bytes. (VMMCALL would, too; but how it then stops
+costs several times as much as a hook.)
 
 The same bytes may be code of another width the next moment, without being fetched again: `find` decodes for one, and
 code.py asks for all three.
@@ -22,7 +23,7 @@ import re
 from dataclasses import dataclass
 
 MAX_LENGTH = 15
-_TWO_BYTE = rb"|\x0f(?:[\x05\x07\x20-\x23\x30-\x32\x34\x35\xa2]|\x01[\xc8\xc9\xd1\xf9]|\x00[\xd8-\xdf])"
+_TWO_BYTE = rb"|\x0f(?:[\x05\x07\x20-\x23\x30-\x32\x34\x35\xa2]|\x01[\xc8\xc9\xd1\xd9\xf9]|\x00[\xd8-\xdf])"
 _SENSITIVE = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4]" + _TWO_BYTE, re.DOTALL)
 _OR_FLAGS = re.compile(rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4\xfb\x9d\xcf]" + _TWO_BYTE, re.DOTALL)
 _FLAGS = {0xFB: "sti", 0x9D: "popf", 0xCF: "iret"}
@@ -36,7 +37,7 @@ LOCK, REX_W = 0xF0, frozenset(range(0x48, 0x50))
 _CONTROL_REGISTERS = frozenset((0, 3, 4, 8))
 _SEGMENT_PREFIX = {0x26: 0, 0x2E: 1, 0x36: 2, 0x3E: 3, 0x64: 4, 0x65: 5}
 DS, _SS = 3, 2
-_AFTER_0F_01 = {0xC8: "monitor", 0xC9: "mwait", 0xD1: "xsetbv", 0xF9: "rdtscp"}
+_AFTER_0F_01 = {0xC8: "monitor", 0xC9: "mwait", 0xD1: "xsetbv", 0xD9: "vmmcall", 0xF9: "rdtscp"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,7 @@ class Intercepts:
             "rdpmc": self._rdpmc,
             **dict.fromkeys(("invd", "wbinvd"), self._cache),
             **dict.fromkeys(("monitor", "mwait"), self._monitor),
+            "vmmcall": self._vmmcall,
         }
         cpu.privileged.replace(privileged)
         cpu.intercepts = self
@@ -170,6 +171,10 @@ class Intercepts:
         if self._registers.cpl:
             raise Fault(_UD, None)
         return self.raise_vc(abi.SVM_EXIT_MONITOR if site.kind == "monitor" else abi.SVM_EXIT_MWAIT)
+
+    def _vmmcall(self, site: Site) -> int | None:
+        """VMMCALL, and with a repeat prefix VMGEXIT."""
+        return self.invalid_opcode(self._cpu.code.bytes_at(self._registers.linear_rip, 4))
 
     # ---- MSRs
     def _own(self, number: int, access: int) -> bool:
