@@ -13,8 +13,7 @@ one KVM gives for the same mistake where it has an opinion (EINVAL, `kvm_emulate
 from __future__ import annotations
 
 import errno as errnos
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
@@ -31,6 +30,10 @@ MAP_GPA_RANGE_ENCRYPTED = 1 << 4
 MAP_GPA_RANGE_LARGEST = 2
 """Largest page size the encoding knows: 0 = 4 KiB, 1 = 2 MiB, 2 = 1 GiB."""
 
+_PRIVATE = {
+    kind | size: bool(kind) for kind in (0, MAP_GPA_RANGE_ENCRYPTED) for size in range(MAP_GPA_RANGE_LARGEST + 1)
+}  # by all attributes that mean something: is the range to be private?
+
 
 class BadRange(Exception):
     """A guest's number is refused: `code` is the negative errno handed back, the text says what was wrong with it."""
@@ -41,8 +44,7 @@ class BadRange(Exception):
         self.sentence = sentence
 
 
-@dataclass(frozen=True)
-class GpaRange:
+class GpaRange(NamedTuple):
     """`[gpa, gpa + size)` in bytes: aligned to 4 KiB, not empty, below 2^52 and wholly inside memslots."""
 
     gpa: int
@@ -77,20 +79,26 @@ class Covers(Protocol):
 
 def check_range(gpa: int, size: int, slots: Covers) -> GpaRange:
     """Check a range in bytes that a guest named; raises `BadRange` with -EINVAL."""
-    if gpa < 0 or size < 0:
-        raise BadRange(-errnos.EINVAL, f"negative range: gpa {gpa}, size {size}")
-    if gpa & (PAGE_SIZE - 1):
-        raise BadRange(-errnos.EINVAL, f"gpa {gpa:#x} is not aligned to 4 KiB")
-    if size & (PAGE_SIZE - 1):
-        raise BadRange(-errnos.EINVAL, f"size {size:#x} at gpa {gpa:#x} is not a multiple of 4 KiB")
-    if size == 0:
-        raise BadRange(-errnos.EINVAL, f"empty range at gpa {gpa:#x}")
-    if gpa >= GPA_LIMIT or size > GPA_LIMIT - gpa:
-        raise BadRange(-errnos.EINVAL, f"range of {size:#x} bytes at gpa {gpa:#x} ends above 2^52")
+    end = gpa + size
+    if (gpa | size) & (PAGE_SIZE - 1) or not 0 <= gpa < end <= GPA_LIMIT:
+        raise BadRange(-errnos.EINVAL, _what_is_wrong(gpa, size))
     until = slots.covered_until(gpa)
-    if until < gpa + size:
-        raise BadRange(-errnos.EINVAL, f"range [{gpa:#x}, {gpa + size:#x}) leaves the memslots at {until:#x}")
+    if until < end:
+        raise BadRange(-errnos.EINVAL, f"range [{gpa:#x}, {end:#x}) leaves the memslots at {until:#x}")
     return GpaRange(gpa, size)
+
+
+def _what_is_wrong(gpa: int, size: int) -> str:
+    """Why a range is none, wherever memslots are."""
+    if gpa < 0 or size < 0:
+        return f"negative range: gpa {gpa}, size {size}"
+    if gpa & (PAGE_SIZE - 1):
+        return f"gpa {gpa:#x} is not aligned to 4 KiB"
+    if size & (PAGE_SIZE - 1):
+        return f"size {size:#x} at gpa {gpa:#x} is not a multiple of 4 KiB"
+    if size == 0:
+        return f"empty range at gpa {gpa:#x}"
+    return f"range of {size:#x} bytes at gpa {gpa:#x} ends above 2^52"
 
 
 def check_pages(gpa: int, pages: int, slots: Covers) -> GpaRange:
@@ -107,8 +115,9 @@ def check_map_gpa_range(gpa: int, pages: int, attributes: int, slots: Covers) ->
     KVM does not look at the attributes before it exits (Linux 7.3, `__kvm_emulate_hypercall`), so reserved bits and unknown page sizes are
     ours to refuse: -EINVAL. The page size is only a hint, alignment to it is not required.
     """
-    if attributes & ~MAP_GPA_RANGE_KNOWN:
-        raise BadRange(-errnos.EINVAL, f"reserved attribute bits {attributes & ~MAP_GPA_RANGE_KNOWN:#x} at gpa {gpa:#x}")
-    if attributes & 0xF > MAP_GPA_RANGE_LARGEST:
-        raise BadRange(-errnos.EINVAL, f"unknown page size encoding {attributes & 0xF} at gpa {gpa:#x}")
-    return check_pages(gpa, pages, slots), bool(attributes & MAP_GPA_RANGE_ENCRYPTED)
+    private = _PRIVATE.get(attributes)
+    if private is None:
+        reserved = attributes & ~MAP_GPA_RANGE_KNOWN
+        wrong = f"reserved attribute bits {reserved:#x}" if reserved else f"unknown page size encoding {attributes & 0xF}"
+        raise BadRange(-errnos.EINVAL, f"{wrong} at gpa {gpa:#x}")
+    return check_range(gpa, pages << PAGE_SHIFT, slots), private

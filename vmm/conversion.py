@@ -100,13 +100,17 @@ class Converter:
 
         A range that has the state already goes through the same steps (KVM allows that) and is recorded like any other.
         """
+        gpa, size = range
         with self.lock:
             self.pending = range
             try:
-                self._transact(range, private)
+                steps = self.backing.steps(range, private, self.map)
+                if steps:
+                    self._do(steps)
+                self.map.set_range(gpa, size, private)
             finally:
                 self.pending = None
-            done = Conversion(range.gpa, range.size, PRIVATE if private else SHARED, cause, vcpu)
+            done = Conversion(gpa, size, PRIVATE if private else SHARED, cause, vcpu)
             self.total += 1
             self.records.append(done)
             return done
@@ -116,22 +120,22 @@ class Converter:
         with self.lock:
             return list(self.records), self.total
 
-    def _transact(self, range: GpaRange, private: bool) -> None:
-        done: list[Step] = []
-        for step in self.backing.steps(range, private, self.map):
-            try:
+    def _do(self, steps: Sequence[Step]) -> None:
+        """All of the steps, or none."""
+        done = 0
+        try:
+            for step in steps:
                 step.do()
-            except OSError as failure:
-                _undo(done)
-                raise ConversionFailed(-(failure.errno or errnos.EIO), step.name, failure) from failure
-            except BaseException:  # a bug or Ctrl-C: the guest must still not be left half converted
-                _undo(done)
-                raise
-            done.append(step)
-        self.map.set_range(range.gpa, range.size, private)
+                done += 1
+        except OSError as failure:
+            _undo(steps[:done])
+            raise ConversionFailed(-(failure.errno or errnos.EIO), steps[done].name, failure) from failure
+        except BaseException:  # a bug or Ctrl-C: the guest must still not be left half converted
+            _undo(steps[:done])
+            raise
 
 
-def _undo(done: list[Step]) -> None:
+def _undo(done: Sequence[Step]) -> None:
     """Undo steps in reverse order; one that cannot be undone must not keep the others from it."""
     failures: list[Exception] = []
     for step in reversed(done):

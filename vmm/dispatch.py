@@ -1,6 +1,7 @@
 """What the VMM does about an exit: one `match` on the typed exit.
 
 Plain port accesses normally do not come here; the run loop answers them itself (`vmm.runloop`), unless a tool wants to see every exit.
+Nor do exits that ask for a conversion come as objects: the loop calls `hypercall` and `memory_fault` with the numbers.
 
 Invariants
 - every number of the guest's goes through `vmm.checks` before it is used;
@@ -29,7 +30,7 @@ from kvmapi.exit_types import (
     Wrmsr,
 )
 from kvmapi.words import EHWPOISON
-from vmm.checks import BadRange, check_map_gpa_range, check_range
+from vmm.checks import BadRange, GpaRange, check_map_gpa_range, check_range
 from vmm.conversion import EXPLICIT, IMPLICIT, ConversionFailed, Converter
 from vmm.termination import termination
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from vmm.devices import Devices
     from vmm.memory import GuestMemory
 
+_MAP_GPA_RANGE = kvm.KVM_HC_MAP_GPA_RANGE
 STUCK_FAULTS = 64
 """Memory faults of one vCPU in a row that change nothing: two vCPUs may fault on one page and the later one finds it done, but this often
 it is a page that cannot be had."""
@@ -65,10 +67,12 @@ class Dispatcher:
     def dispatch(self, vcpu: Vcpu, exit: Exit) -> bool:
         """Deal with `exit`, which is the one now in the vCPU's kvm_run; whether the vCPU goes on. Raises `Stop` or `GuestStop`."""
         match exit:
-            case Hypercall():
-                self._hypercall(vcpu, exit)
-            case MemoryFault():
-                self._memory_fault(vcpu, exit)
+            case Hypercall(nr=nr, args=(gpa, pages, attributes, *_)):
+                vcpu.answer_hypercall(self.hypercall(vcpu.id, nr, gpa, pages, attributes))
+            case MemoryFault(gpa=gpa, size=size) if exit.errno == EHWPOISON:
+                raise Stop(f"vCPU {vcpu.id}: the host's memory behind [{gpa:#x}, {gpa + size:#x}) is broken (EHWPOISON)")
+            case MemoryFault(gpa=gpa, size=size):
+                self.memory_fault(vcpu.id, gpa, size, exit.private)
             case Mmio(phys_addr=gpa, is_write=True, data=data):
                 self.devices.mmio.write(gpa, data, vcpu.id)
             case Mmio(phys_addr=gpa, length=length):
@@ -97,41 +101,47 @@ class Dispatcher:
                 raise Stop(f"vCPU {vcpu.id} left with an exit that nothing here answers: {exit.name} ({exit.reason}): {exit!r}")
         return True
 
-    def _hypercall(self, vcpu: Vcpu, exit: Hypercall) -> None:
-        """MAP_GPA_RANGE is a conversion; another number is answered as KVM answers one it does not know."""
-        if exit.nr != kvm.KVM_HC_MAP_GPA_RANGE:
-            vcpu.answer_hypercall(-kvm.KVM_ENOSYS)
-            return
-        gpa, pages, attributes = exit.args[:3]
+    def hypercall(self, vcpu: int, nr: int, gpa: int, pages: int, attributes: int) -> int:
+        """What a hypercall of this vCPU gets for an answer: 0, or a negative errno. MAP_GPA_RANGE is a conversion; another number is
+        answered as KVM answers one it does not know.
+        """
+        if nr != _MAP_GPA_RANGE:
+            return -kvm.KVM_ENOSYS
         try:
             range, private = check_map_gpa_range(gpa, pages, attributes, self.converter.map)
-            self.converter.convert(range, private, EXPLICIT, vcpu.id)
+            self.converter.convert(range, private, EXPLICIT, vcpu)
         except (BadRange, ConversionFailed) as refusal:
             self.refused += 1
             self.last_refusal = str(refusal)
-            vcpu.answer_hypercall(refusal.code)
-        else:
-            vcpu.answer_hypercall(0)
+            return refusal.code
+        return 0
 
-    def _memory_fault(self, vcpu: Vcpu, exit: MemoryFault) -> None:
-        """An implicit conversion: the page becomes what the access wants, or shared where there is nothing private to be had."""
-        if exit.errno == EHWPOISON:
-            raise Stop(f"vCPU {vcpu.id}: the host's memory behind [{exit.gpa:#x}, {exit.gpa + exit.size:#x}) is broken (EHWPOISON)")
+    def memory_fault(self, vcpu: int, gpa: int, size: int, wants_private: bool) -> None:
+        """An implicit conversion: the page becomes what the access wants, or shared where there is nothing private to be had. Raises
+        `Stop` where that cannot be.
+        """
+        map = self.converter.map
         try:
-            range = check_range(exit.gpa, exit.size, self.converter.map)
+            range = check_range(gpa, size, map)
         except BadRange as refusal:
-            kind = "a private" if exit.private else "a shared"
-            raise Stop(f"vCPU {vcpu.id}: memory fault of {kind} access: {refusal}") from refusal
-        private = exit.private and self.memory.holds_private(range)
-        stuck = self._stuck.get(vcpu.id, 0) + 1 if self.converter.map.is_private(range.gpa) == private else 0
-        self._stuck[vcpu.id] = stuck
+            kind = "a private" if wants_private else "a shared"
+            raise Stop(f"vCPU {vcpu}: memory fault of {kind} access: {refusal}") from refusal
+        private = wants_private and self.memory.holds_private(range)
+        if map.is_private(gpa) != private:
+            self._stuck[vcpu] = 0
+        else:
+            self._still_faults(vcpu, range, private)
+        try:
+            self.converter.convert(range, private, IMPLICIT, vcpu)
+        except ConversionFailed as failure:
+            raise Stop(f"vCPU {vcpu}: {range} cannot be converted: {failure}") from failure
+
+    def _still_faults(self, vcpu: int, range: GpaRange, private: bool) -> None:
+        """The page is what the access wants already. Raises `Stop` when that happens too often in a row."""
+        stuck = self._stuck[vcpu] = self._stuck.get(vcpu, 0) + 1
         if stuck > STUCK_FAULTS:
             state = "private" if private else "shared"
-            raise Stop(f"vCPU {vcpu.id} faults on {range} again and again, though it is {state} as the access wants")
-        try:
-            self.converter.convert(range, private, IMPLICIT, vcpu.id)
-        except ConversionFailed as failure:
-            raise Stop(f"vCPU {vcpu.id}: {range} cannot be converted: {failure}") from failure
+            raise Stop(f"vCPU {vcpu} faults on {range} again and again, though it is {state} as the access wants")
 
     def _io(self, vcpu: Vcpu, exit: Io) -> None:
         data = bytearray(exit.data if exit.is_out else exit.size * exit.count)

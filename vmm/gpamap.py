@@ -9,10 +9,10 @@ Invariants
 - ranges are half-open, GPAs and sizes in bytes, GFNs and pages in 4 KiB pages.
 
 Costs: a well-behaved guest has a few runs, that is some bytes. A hostile one that flips every other page costs at most 8 KiB per 65,536
-pages (2 MiB for 64 GiB). One page is one bit operation; a range costs its 65,536-page containers, not its pages; the slot is searched only
-when it is not the one used last.
+pages (2 MiB for 64 GiB). One page is one bit operation; a range costs its 65,536-page containers, not its pages; the slot, and how far
+slots reach from it without a hole, are searched only when they are not those of the last time.
 
-The map does not lock: whoever changes it holds the lock of the machine's conversions (`vmm.conversion`).
+The map does not lock: questions may be asked at any time, and whoever changes it holds the lock of the machine's conversions (`vmm.conversion`).
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ class GpaMap:
     [(0, 16384, 'shared', 0), (16384, 8192, 'private', 0), (24576, 40960, 'shared', 0)]
     """
 
-    __slots__ = ("_add", "_discard", "_end", "_first", "_firsts", "_slots")
+    __slots__ = ("_add", "_discard", "_end", "_first", "_firsts", "_reach", "_slots")
 
+    _reach: tuple[int, int]
     _add: Callable[[int], None]
     _discard: Callable[[int], None]
 
@@ -96,6 +97,7 @@ class GpaMap:
             new.bits.add_range(0, pages)
         self._slots.insert(at, new)
         self._firsts.insert(at, first)
+        self._forget()
 
     def remove_slot(self, slot: int) -> None:
         """Forget memslot `slot` and everything known about its pages; raises KeyError."""
@@ -108,6 +110,9 @@ class GpaMap:
 
     def covered_until(self, gpa: int) -> int:
         """First GPA at or after `gpa` (in bytes) that no memslot holds; `gpa` itself when none holds it."""
+        first, until = self._reach  # one look: another thread may change it
+        if first <= gpa < until:
+            return until
         gfn = gpa >> PAGE_SHIFT
         at = bisect_right(self._firsts, gfn) - 1
         if at < 0 or self._slots[at].end <= gfn:
@@ -117,6 +122,7 @@ class GpaMap:
             if following.first != end:
                 break
             end = following.end
+        self._reach = self._slots[at].first << PAGE_SHIFT, end << PAGE_SHIFT
         return end << PAGE_SHIFT
 
     def slot_of(self, gpa: int) -> int | None:
@@ -142,6 +148,9 @@ class GpaMap:
         """Set `[gpa, gpa + size)`; it may span slots that touch. Raises KeyError, before any change, where no memslot is."""
         if gpa % PAGE_SIZE or size <= 0 or size % PAGE_SIZE:
             raise ValueError(f"range of {size:#x} bytes at gpa {gpa:#x}: not page-aligned or empty")
+        if size == PAGE_SIZE:
+            self.set_page(gpa >> PAGE_SHIFT, private)
+            return
         until = self.covered_until(gpa)
         if until < gpa + size:
             raise KeyError(f"no memslot at gpa {until:#x}")
@@ -201,7 +210,8 @@ class GpaMap:
         self._add, self._discard = slot.bits.add, slot.bits.discard
 
     def _forget(self) -> None:
-        """No slot was used last: the empty interval makes the next `set_page` search."""
+        """Nothing was used or asked last: empty intervals make the next `set_page` and `covered_until` search."""
+        self._reach = 0, 0  # GPAs: of a slot, and the end of those that follow it without a hole
         self._first = self._end = 0
         self._add = self._discard = _no_slot
 

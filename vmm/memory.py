@@ -17,7 +17,7 @@ import ctypes
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,6 +68,7 @@ class GuestMemory:
         self.vm = vm
         self.map = map
         self.slots: list[MemorySlot] = []  # ascending by GPA
+        self._last: MemorySlot | None = None  # that the last piece was in
 
     # -- slots ---------------------------------------------------------------------------------------------------------------------------
 
@@ -139,11 +140,15 @@ class GuestMemory:
 
     def holds_private(self, range: GpaRange) -> bool:
         """Whether every page of `range` has a guest_memfd behind it."""
-        return all(slot.guest_memfd is not None for slot, _, _ in self._pieces(range.gpa, range.size))
+        return all(slot.guest_memfd is not None for slot, _, _ in self.pieces(range))
 
-    def pieces(self, range: GpaRange) -> Iterator[tuple[MemorySlot, int, int]]:
+    def pieces(self, range: GpaRange) -> Iterable[tuple[MemorySlot, int, int]]:
         """The parts of `range` slot by slot: slot, and a half-open range of bytes relative to the slot."""
-        return self._pieces(range.gpa, range.size)
+        gpa, size = range
+        slot = self._last
+        if slot is not None and slot.gpa <= gpa and gpa + size <= slot.gpa + slot.size:  # as most conversions do
+            return ((slot, gpa - slot.gpa, gpa - slot.gpa + size),)
+        return self._pieces(gpa, size)
 
     def _pieces(self, gpa: int, size: int) -> Iterator[tuple[MemorySlot, int, int]]:
         """The parts of `[gpa, gpa + size)` slot by slot: slot, first and last byte (half-open) relative to the slot."""
@@ -156,6 +161,7 @@ class GuestMemory:
             if slot is None:
                 raise BadAddress(14, f"no memslot at {gpa:#x}")
             stop = min(end, slot.end)
+            self._last = slot
             yield slot, gpa - slot.gpa, stop - slot.gpa
             gpa = stop
 
@@ -163,6 +169,7 @@ class GuestMemory:
 
     def close(self) -> None:
         """Release guest_memfds, mappings and memfds. Safe to call twice."""
+        self._last = None
         while self.slots:
             slot = self.slots.pop()
             self.map.remove_slot(slot.id)
@@ -185,18 +192,18 @@ class GuestMemfdBacking:
 
     def steps(self, range: GpaRange, private: bool, before: GpaMap) -> Sequence[Step]:
         """To private: the attribute. To shared: the attribute, then the private pages are punched out (last: it cannot be undone)."""
-        wanted = KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
+        gpa, size = range
 
         def attribute() -> None:
             try:
-                self.vm.set_memory_attributes(range.gpa, range.size, wanted)
+                self.vm.set_memory_attributes(gpa, size, KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0)
             except OSError:
                 restore()  # the kernel may have done a part
                 raise
 
         def restore() -> None:
-            for run in before.ranges(range.gpa, range.size):
-                start, stop = max(run.gpa, range.gpa), min(run.gpa + run.size, range.end)
+            for run in before.ranges(gpa, size):
+                start, stop = max(run.gpa, gpa), min(run.gpa + run.size, gpa + size)
                 self.vm.set_memory_attributes(start, stop - start, KVM_MEMORY_ATTRIBUTE_PRIVATE if run.state == "private" else 0)
 
         def punch() -> None:
@@ -204,7 +211,9 @@ class GuestMemfdBacking:
                 if slot.guest_memfd is not None:
                     slot.guest_memfd.punch_hole(start, stop - start)
 
-        steps = [Step("KVM_SET_MEMORY_ATTRIBUTES", attribute, restore)]
-        if not private:
-            steps.append(Step("punch the private pages", punch, lambda: None))
-        return steps
+        first = Step("KVM_SET_MEMORY_ATTRIBUTES", attribute, restore)
+        return (first,) if private else (first, Step("punch the private pages", punch, _nothing))
+
+
+def _nothing() -> None:
+    """Undoes a step that is the last one: it never has to be."""

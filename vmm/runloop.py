@@ -9,7 +9,8 @@ device bound for it (`PortBus.bind`). No exit object is made, nothing is counted
 C, 1.0 us of Python comes on top of fcntl.ioctl's 0.8: after a VM exit the caches are cold, and what counts is how little memory is
 touched, not how the loop is written.
 
-Everything else takes the slow path: the typed exit, the handlers of whoever wants to see exits, then the dispatcher (`vmm.dispatch`).
+Conversions of guests with private memory are the other exits that come in numbers: their numbers go to the dispatcher as they are
+(`_convert`). Everything else takes the slow path: the typed exit, the handlers of whoever wants to see exits, then the dispatcher (`vmm.dispatch`).
 
 Invariants
 - a vCPU is run by one thread, from start to end; its kvm_run is written by that thread only, except `immediate_exit`;
@@ -42,7 +43,10 @@ if TYPE_CHECKING:
     from kvmapi.vcpu import Vcpu
 
 KVM_RUN = 0xAE80
-_EXIT_IO = 2
+_EXIT_IO, _EXIT_HYPERCALL, _EXIT_MEMORY_FAULT = 2, 3, 39
+_PRIVATE = 1 << 3  # KVM_MEMORY_EXIT_FLAG_PRIVATE
+_EFAULT = -errnos.EFAULT
+_U64 = (1 << 64) - 1
 _KICK_AGAIN = 0.01
 _CACHED_ACCESSES = 256
 """Kinds of port access remembered per vCPU: a guest chooses them, so there must be an end to it."""
@@ -161,6 +165,7 @@ class _VcpuThread:
         self.counts: Counter[str] = Counter()
         self.ios = 0
         self.direct = -1 if group.handlers else _EXIT_IO  # the exit reason that is answered without an exit object
+        self.converts = None if group.handlers else group.dispatcher  # who answers those that ask for conversions
         self._thread = threading.Thread(target=self._main, name=f"vcpu{vcpu.id}", daemon=True)
 
     def start(self) -> None:
@@ -232,7 +237,7 @@ class _VcpuThread:
         words: memoryview,
         accesses: dict[int, Callable[[], None]],
     ) -> int | None:
-        """Answer known port accesses as long as nothing else comes; returns the errno of the last KVM_RUN, None when the budget is used up.
+        """Answer known port accesses and conversions as long as nothing else comes; returns the errno of the last KVM_RUN, None when the budget is used up.
 
         Hot: see the module's story. The iterator counts the exits.
         """
@@ -241,8 +246,10 @@ class _VcpuThread:
             try:
                 result = run()
             except OSError as failure:
-                return failure.errno or errnos.EIO
+                result = -(failure.errno or errnos.EIO)
             if result or reason[2] != direct:
+                if self._convert(result, reason[2], words):
+                    continue
                 return -result if result < 0 else 0
             if words[4] != last:  # most accesses are like the one before
                 last = words[4]
@@ -251,6 +258,26 @@ class _VcpuThread:
                     return 0
             access()
         return None
+
+    def _convert(self, result: int, exit_reason: int, words: memoryview) -> bool:
+        """Answer an exit that asks for a conversion; False when it is another, or when somebody wants to see it first.
+
+        struct kvm_run's hypercall: nr, args[6], ret; its memory_fault: flags, gpa, size (64-bit words from the fifth on).
+        """
+        dispatcher = self.converts
+        if dispatcher is None:
+            return False
+        if exit_reason == _EXIT_HYPERCALL and result >= 0:
+            self.ios -= 1  # it is counted by its name
+            self.counts["HYPERCALL"] += 1
+            words[11] = dispatcher.hypercall(self.vcpu.id, words[4], words[5], words[6], words[7]) & _U64
+        elif exit_reason == _EXIT_MEMORY_FAULT and result == _EFAULT:
+            self.ios -= 1
+            self.counts["MEMORY_FAULT"] += 1
+            dispatcher.memory_fault(self.vcpu.id, words[5], words[6], words[4] & _PRIVATE != 0)
+        else:
+            return False
+        return True
 
     def _bind(
         self, memory: memoryview, words: memoryview, views: list[memoryview], accesses: dict[int, Callable[[], None]]
