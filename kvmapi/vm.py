@@ -23,6 +23,8 @@ from kvmapi.table import named
 if TYPE_CHECKING:
     from kvmapi.vcpu import Vcpu
 
+_SET_ATTRIBUTES = ioctls.KVM_SET_MEMORY_ATTRIBUTES
+
 
 @dataclass(frozen=True, slots=True)
 class MsrRange:
@@ -92,7 +94,10 @@ class Vm(Descriptor):
 
     def set_memory_attributes(self, gpa: int, size: int, attributes: int, flags: int = 0) -> None:
         """Make a GPA range private (KVM_MEMORY_ATTRIBUTE_PRIVATE) or shared (0); no slot is needed."""
-        self.ioctl(ioctls.KVM_SET_MEMORY_ATTRIBUTES, s.kvm_memory_attributes(gpa, size, attributes, flags))
+        argument = s.kvm_memory_attributes(gpa, size, attributes, flags)
+        result = self.host.ioctl(self.fd, _SET_ATTRIBUTES, ctypes.addressof(argument))  # `ioctl` in place: conversions pay for it
+        if result < 0:
+            raise self.error(_SET_ATTRIBUTES, -result, argument)
 
     def get_dirty_log(self, slot: int, pages: int) -> bytes:
         """The slot's dirty bitmap, one bit per 4 KiB page, and clear it (unless MANUAL_PROTECT is on)."""

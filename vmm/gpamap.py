@@ -12,7 +12,8 @@ Costs: a well-behaved guest has a few runs, that is some bytes. A hostile one th
 pages (2 MiB for 64 GiB). One page is one bit operation; a range costs its 65,536-page containers, not its pages; the slot, and how far
 slots reach from it without a hole, are searched only when they are not those of the last time.
 
-The map does not lock: questions may be asked at any time, and whoever changes it holds the lock of the machine's conversions (`vmm.conversion`).
+The map does not lock: questions may be asked at any time, and whoever changes it holds the lock of the machine's conversions
+(`vmm.conversion`).
 """
 
 from __future__ import annotations

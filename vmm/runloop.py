@@ -10,7 +10,8 @@ C, 1.0 us of Python comes on top of fcntl.ioctl's 0.8: after a VM exit the cache
 touched, not how the loop is written.
 
 Conversions of guests with private memory are the other exits that come in numbers: their numbers go to the dispatcher as they are
-(`_convert`). Everything else takes the slow path: the typed exit, the handlers of whoever wants to see exits, then the dispatcher (`vmm.dispatch`).
+(`_convert`). Everything else takes the slow path: the typed exit, the handlers of whoever wants to see exits, then the dispatcher
+(`vmm.dispatch`).
 
 Invariants
 - a vCPU is run by one thread, from start to end; its kvm_run is written by that thread only, except `immediate_exit`;
@@ -237,7 +238,8 @@ class _VcpuThread:
         words: memoryview,
         accesses: dict[int, Callable[[], None]],
     ) -> int | None:
-        """Answer known port accesses and conversions as long as nothing else comes; returns the errno of the last KVM_RUN, None when the budget is used up.
+        """Answer known port accesses and conversions as long as nothing else comes; returns the errno of the last KVM_RUN, None when the
+        budget is used up.
 
         Hot: see the module's story. The iterator counts the exits.
         """

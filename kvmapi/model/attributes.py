@@ -13,6 +13,7 @@ from pyroaring import BitMap
 _SHIFT = 24
 _CHUNK = 1 << _SHIFT
 _MASK = _CHUNK - 1
+_NOT_PARTIAL = (0, _CHUNK)
 
 
 class PrivateSet:
@@ -31,6 +32,8 @@ class PrivateSet:
 
     def set_range(self, gfn: int, pages: int, private: bool) -> bool:
         """Make [gfn, gfn+pages) private or shared; True when a page changed."""
+        if pages == 1:
+            return self._set_page(gfn, private)
         end = gfn + pages
         first, last = -(-gfn >> _SHIFT), end >> _SHIFT  # the chunks [first, last) are covered wholly
         if first > last:
@@ -41,6 +44,24 @@ class PrivateSet:
         if end & _MASK:
             changed |= self._set_in_chunk(last, 0, end & _MASK, private)
         return changed
+
+    def _set_page(self, gfn: int, private: bool) -> bool:
+        """What a conversion after a fault asks for."""
+        chunk, page = self._partial.get(gfn >> _SHIFT), gfn & _MASK
+        if chunk is None:
+            return self._set_in_chunk(gfn >> _SHIFT, page, 1, private)
+        if (page in chunk) == private:
+            return False
+        (chunk.add if private else chunk.discard)(page)
+        self._settle(gfn >> _SHIFT, chunk)
+        return True
+
+    def _settle(self, index: int, chunk: BitMap) -> None:
+        """A chunk changed: perhaps it is whole now, or empty."""
+        if len(chunk) in _NOT_PARTIAL:
+            if chunk:
+                self._whole.add(index)
+            del self._partial[index]
 
     def _set_chunks(self, first: int, last: int, private: bool) -> bool:
         """Make the chunks [first, last) wholly private or wholly shared."""
@@ -67,17 +88,10 @@ class PrivateSet:
             if whole:
                 chunk.add_range(0, _CHUNK)
                 self._whole.discard(index)
-        if count == 1:  # what a conversion after a fault asks for
-            before = int(first in chunk)
-            (chunk.add if private else chunk.discard)(first)
+        before = chunk.range_cardinality(first, first + count)
+        if private:
+            chunk.add_range(first, first + count)
         else:
-            before = chunk.range_cardinality(first, first + count)
-            if private:
-                chunk.add_range(first, first + count)
-            else:
-                chunk.remove_range(first, first + count)
-        if len(chunk) in (0, _CHUNK):
-            if chunk:
-                self._whole.add(index)
-            del self._partial[index]
+            chunk.remove_range(first, first + count)
+        self._settle(index, chunk)
         return bool(before != (count if private else 0))

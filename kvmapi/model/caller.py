@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 USER_TOP = 0x7FFFFFFFF000  # first address that no user mapping of a 4-level x86-64 process can have
+_U64 = (1 << 64) - 1
 _CAP_IPC_LOCK = 14
 _ONE = (1).to_bytes(8, "little")
 
@@ -123,10 +124,11 @@ class _Iovec(threading.local):
     """Per-thread iovec pair, so that a copy allocates nothing."""
 
     def __init__(self) -> None:
-        self.cells = (ctypes.c_uint64 * 4)()
+        cells = (ctypes.c_uint64 * 4)()
+        self.cells = memoryview(cells).cast("B").cast("Q")
         self.small = memoryview(bytearray(_SMALL))
         self.small_at = ctypes.addressof(ctypes.c_char.from_buffer(self.small))
-        self.at = ctypes.addressof(self.cells)
+        self.at = ctypes.addressof(cells)
         self.remote_at = self.at + 16
 
 
@@ -162,16 +164,18 @@ class ProcessMemory:
     def _copy(self, function: object, local: int, address: int, size: int) -> int:
         iovec = self._iovec
         cells = iovec.cells
-        cells[0], cells[1], cells[2], cells[3] = local, size, address & 0xFFFFFFFFFFFFFFFF, size
+        cells[0], cells[1], cells[2], cells[3] = local, size, address & _U64, size
         done: int = function(self._pid, iovec.at, 1, iovec.remote_at, 1, 0)  # type: ignore[operator]
         return done
 
     def read(self, address: int, size: int) -> bytes:
-        if size <= _SMALL:
+        if size <= _SMALL:  # `_copy` in place: nearly every ioctl begins with this
             iovec = self._iovec
-            if self._copy(_readv, iovec.small_at, address, size) != size:
+            cells = iovec.cells
+            cells[0], cells[1], cells[2], cells[3] = iovec.small_at, size, address & _U64, size
+            if _readv(self._pid, iovec.at, 1, iovec.remote_at, 1, 0) != size:
                 raise Errno(errno.EFAULT)
-            return bytes(iovec.small[:size])
+            return iovec.small[:size].tobytes()
         buffer = ctypes.create_string_buffer(size)
         if self._copy(_readv, ctypes.addressof(buffer), address, size) != size:
             raise Errno(errno.EFAULT)

@@ -81,7 +81,12 @@ class File:
         with self._reference_lock:
             self._references -= 1
             last = self._references == 0
-        if last and not self._lost:
+        if last:
+            self._destroy_own()
+
+    def _destroy_own(self) -> None:
+        """Nobody holds it any more. A copy in a forked child is not ours to tear down."""
+        if not self._lost:
             self.destroy()
 
     def destroy(self) -> None:
@@ -98,8 +103,11 @@ class File:
 
     def ioctl(self, request: int, arg: int, caller: Caller) -> int:
         """One ioctl of `caller`: the result, or -errno. Never raises."""
-        if not self.enter():  # another thread closed it just now; from here on it stays, as fdget keeps a file
-            return -errno.EBADF
+        lock, gone = self._reference_lock, False  # `enter` and `release`, in place: each ioctl pays for them
+        with lock:
+            if not self._references:  # another thread closed it just now
+                return -errno.EBADF
+            self._references += 1  # from here on it stays, as fdget keeps a file
         try:
             handler = self.handlers.get(request)
             if handler is None:
@@ -114,7 +122,11 @@ class File:
         except MemoryError:
             return -errno.ENOMEM
         finally:
-            self.release()
+            with lock:
+                self._references -= 1
+                gone = not self._references
+            if gone:
+                self._destroy_own()
 
     def unknown_errno(self) -> int:
         """The errno of a request number this kind of file does not have."""

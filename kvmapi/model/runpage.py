@@ -19,7 +19,7 @@ SIZE = 3 * mmap.PAGESIZE
 PIO_OFFSET = mmap.PAGESIZE
 RING_OFFSET = 2 * mmap.PAGESIZE
 REQUEST_WINDOW, IMMEDIATE_EXIT, KICK, EXIT_REASON, READY, CR8, APIC_BASE, UNION = 0, 1, 2, 8, 12, 16, 24, 32
-_REASON_AT, _UNION, _UNION_2 = EXIT_REASON >> 2, UNION >> 3, (UNION >> 3) + 1  # indices for the hot path, in words
+_REASON_AT, _UNION, _UNION_2, _UNION_3 = EXIT_REASON >> 2, UNION >> 3, (UNION >> 3) + 1, (UNION >> 3) + 2  # indices for the hot path, in words
 _EXIT_IO = kvm.KVM_EXIT_IO
 _REASON = struct.Struct("<I")
 _MAP_FIXED = 0x10
@@ -101,8 +101,10 @@ class RunPage:
 
     def memory_fault(self, gpa: int, private: bool) -> int:
         """KVM_EXIT_MEMORY_FAULT of one page; KVM_RUN itself returns an errno with it."""
-        reason, flag = self.fault
-        return self.payload(reason, "<QQQ", flag if private else 0, gpa & -4096, 4096)
+        self.u32[_REASON_AT], flag = self.fault
+        words = self.u64
+        words[_UNION], words[_UNION_2], words[_UNION_3] = flag if private else 0, gpa & -4096, 4096
+        return 0
 
     def internal_error(self, suberror: int, *data: int) -> int:
         """KVM_EXIT_INTERNAL_ERROR with up to 16 words."""

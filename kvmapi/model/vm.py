@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 _REGION = struct.Struct("<IIQQQ")
 _ATTRIBUTES = struct.Struct("<QQQQ")
 _REGION2 = struct.Struct("<IIQQQQI4x112x")
-_U64 = 1 << 64
+_U64, _IN_PAGE = 1 << 64, PAGE - 1
+_PRIVATE = kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE
 _GFNS = 1 << MAX_PHYS_BITS - 12
 _MAX_VCPU_IDS = MAX_VCPUS * 4
 _MSR_REASONS = kvm.KVM_MSR_EXIT_REASON_INVAL | kvm.KVM_MSR_EXIT_REASON_UNKNOWN | kvm.KVM_MSR_EXIT_REASON_FILTER
@@ -292,13 +293,14 @@ class VmFile(File):
         if not self._knows_attributes:
             raise Errno(errno.ENOTTY)
         gpa, size, attributes, flags = _ATTRIBUTES.unpack(caller.memory.read(arg, 32))
-        if flags or attributes & ~self._attributes or not size or gpa + size >= _U64 or gpa % PAGE or size % PAGE:
+        if flags or attributes & ~self._attributes or not size or gpa + size >= _U64 or (gpa | size) & _IN_PAGE:
             raise Errno(errno.EINVAL)
+        gfn, pages, private = gpa // PAGE, size // PAGE, attributes & _PRIVATE != 0
         with self._slots_mutex:
             lock = self._pause()
             try:
-                if self.private.set_range(gpa // PAGE, size // PAGE, bool(attributes & kvm.KVM_MEMORY_ATTRIBUTE_PRIVATE)):
-                    self.physical.flush_range(gpa // PAGE, size // PAGE)
+                if self.private.set_range(gfn, pages, private):
+                    self.physical.flush_range(gfn, pages)
             finally:
                 lock.release()
         return 0

@@ -316,7 +316,8 @@ def test_what_is_remembered_allows_no_more(model: Model, case: Case) -> None:
         shadows, (paging, mapping) = shadow.Shadows(), more
         kept = shadows.switch(case.state.cr0, case.state.cr3, case.state.cr4, case.state.efer, case.state.c_mask, PHYS_BITS)
         kept.paging = paging
-        page = shadows.remember(kept, case.va, mapping, True, 0, 0)
+        shadows.remember(kept, case.va, mapping, shadow.accesses(paging, mapping, True), 0, 0)
+        page = kept.pages[case.va]
         if any(view[index] != value for view, index, value in mapping.steps):
             continue  # the walk marked an entry that it had read: the next look-up walks again
         assert page[ALLOWED] >> number(access) & 1, "what was asked is answered the next time"

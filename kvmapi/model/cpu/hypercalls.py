@@ -42,7 +42,8 @@ class Hypercalls:
         self._registers = cpu.registers
         self._page = cpu.page
         self._length = 0
-        self._finish, self._done = self._answered, self._result
+        self._finish = self._answered
+        self._done: Callable[[int], None] = self._result
 
     def execute(self, length: int) -> int | None:
         """The instruction itself: KVM_RUN's result, or None when the guest goes on."""

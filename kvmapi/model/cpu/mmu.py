@@ -37,7 +37,7 @@ from kvmapi.model.cpu import layout
 from kvmapi.model.cpu.extents import Extents
 from kvmapi.model.cpu.native import TlbEntry, TlbFill
 from kvmapi.model.cpu.paging import GP_VECTOR, PF_VECTOR, Fault, Mapping, Paging
-from kvmapi.model.cpu.shadow import Shadow, Shadows
+from kvmapi.model.cpu.shadow import Shadow, Shadows, accesses
 from kvmapi.model.mem.physical import Refused
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ if TYPE_CHECKING:
 __all__ = ["GP_VECTOR", "PF_VECTOR", "SCRATCH_AT", "EngineMemory", "Fault", "Mmu"]
 
 SCRATCH_AT = 0x10000  # engine-physical; the windows of guest memory begin at 1 GiB
+_READ, _EXECUTE = uc.UC_PROT_READ, uc.UC_PROT_EXEC
 _READ_WRITE, _READ_EXECUTE = uc.UC_PROT_READ | uc.UC_PROT_WRITE, uc.UC_PROT_READ | uc.UC_PROT_EXEC
+_WRITE, _FETCH = uc.UC_MEM_WRITE, uc.UC_MEM_FETCH
 _MAX_STORES = 1 << 16
 _AC_SHIFT = 18 - 3  # RFLAGS.AC to shadow.AC
 _AC = 1 << 18
@@ -65,15 +67,15 @@ class EngineMemory:
     def __init__(self, native: Native, physical: Physical, scratch: int) -> None:
         self._native = native
         self._physical = physical
-        self._mapped: dict[int, Window] = {}
+        self.mapped: set[Window] = set()
         self._dropped = physical.dropped
         native.map(SCRATCH_AT, PAGE, scratch)
 
     def address(self, window: Window, offset: int) -> int:
         """The engine's physical address of a window's byte `offset`; the window is mapped if it was not."""
-        if id(window) not in self._mapped:
+        if window not in self.mapped:
             self._native.map(window.base, window.size, window.pointer)
-            self._mapped[id(window)] = window
+            self.mapped.add(window)
         return window.base + offset
 
     def drop_dead(self) -> None:
@@ -81,10 +83,10 @@ class EngineMemory:
         if self._physical.dropped == self._dropped:
             return
         self._dropped = self._physical.dropped
-        for key, window in list(self._mapped.items()):
+        for window in list(self.mapped):
             if self._physical.windows.get(id(window.owner)) is not window:
                 self._native.unmap(window.base, window.size)
-                del self._mapped[key]
+                self.mapped.discard(window)
 
 
 class Mmu:
@@ -116,7 +118,7 @@ class Mmu:
         self.generation = -1  # of `physical`, at the last flush
         self._shadows = Shadows()
         self._shadow = self._shadows.switch(0, 0, 0, 0, 0, self.max_phys_bits)
-        self._refused: tuple[tuple[int, int, bool, bool], Shadow, Mapping] | None = None  # the conversion that a backing refused last
+        self._refused: tuple[int, int, Shadow, Mapping] | None = None  # the conversion that a backing refused last, and its access
         self._stores: set[int] = set()  # pages, as our process sees them, that some TLB entry may let the guest store to unseen
         self._slots: dict[int, TlbEntry] = {}  # views of where the engine wants the answer
         self._callback = TlbFill(self.fill)
@@ -130,38 +132,45 @@ class Mmu:
             slot = self._slots.get(entry)
             if slot is None:
                 slot = self._slot(entry)
-            u64, key = self._u64, self._shadow.key
+            u64, key, physical = self._u64, self._shadow.key, self.physical
             if u64[_CR3] != key[1] or u64[_CR0] != key[0] or u64[_CR4] != key[2] or u64[self._efer] != key[3]:
                 self._switch()
             access = kind & 3 | (4 if self._u32[_HFLAGS] & 3 == 3 else 0) | u64[_EFLAGS] >> _AC_SHIFT & 8
             page = self._shadow.pages.get(va)
-            if page is not None:
-                t1, i1, w1, t2, i2, w2, t3, i3, w3, t4, i4, w4, address, allowed, gfn, pointer = page
-                if allowed >> access & 1 and t4[i4] == w4 and t3[i3] == w3 and t2[i2] == w2 and t1[i1] == w1:
-                    slot.paddr = address
-                    if kind != uc.UC_MEM_FETCH:
-                        slot.perms = _READ_WRITE if allowed >> (access & ~3 | 1) & 1 else uc.UC_PROT_READ
-                        if slot.perms == _READ_WRITE:
-                            self._stored(pointer)
-                    else:
-                        slot.perms = _READ_EXECUTE if allowed >> (access & ~3) & 1 else uc.UC_PROT_EXEC
-                        self._fetched(va, gfn, pointer, address)
-                    if self.physical.generation == self.generation:
-                        return True
-            for _ in range(_ATTEMPTS):
-                self._convert(va, kind, bool(access & 4), bool(access & 8), slot)
-                if self.physical.generation == self.generation:
-                    break
+            attempts = _ATTEMPTS
+            while True:
+                if page is not None:
+                    t1, i1, w1, t2, i2, w2, t3, i3, w3, t4, i4, w4, address, allowed, gfn, pointer = page
+                    if not allowed >> access & 1 or t4[i4] != w4 or t3[i3] != w3 or t2[i2] != w2 or t1[i1] != w1:
+                        page = None
+                if page is None:
+                    address, allowed, gfn, pointer = self._convert(va, kind, access)
+                slot.paddr = address
+                if kind == _FETCH:
+                    # Code may be where loads are refused (SMAP) or see something else (the C-bit clear).
+                    slot.perms = _READ_EXECUTE if allowed >> (access & ~3) & 1 else _EXECUTE
+                    self._fetched(va, gfn, pointer, address)
+                elif allowed >> (access & ~3 | 1) & 1:
+                    slot.perms = _READ_WRITE
+                    if pointer in self._code.pointers:
+                        self._stored_to_code(pointer)
+                    self._stores.add(pointer)
+                else:
+                    slot.perms = _READ
+                if physical.generation == self.generation:
+                    return True
                 self._drop_all()
+                if not attempts:
+                    return True
+                page, attempts = None, attempts - 1
         except Exception as why:  # nothing may be raised through the engine's C frames: the run loop sorts it out
             if self.fault is None:
-                self.fetching, self.refused_page = kind == uc.UC_MEM_FETCH, va
+                self.fetching, self.refused_page = kind == _FETCH, va
                 self.fault = why
             elif self._kept is None or self._kept[0] is not self.fault:
                 # After a run the engine looks for code at exits: what that meets is nothing, but the engine remembers it instead.
                 self._kept = self.fault, self._native.fault_address(self._invalid_addr)
             return False
-        return True
 
     def fault_address(self) -> int:
         """The address of the access that was refused with `fault`."""
@@ -177,55 +186,50 @@ class Mmu:
         return slot
 
     # ---- 2. and 3. conversion, and what is kept of it
-    def _convert(self, va: int, kind: int, user: bool, ac: bool, slot: TlbEntry) -> None:
-        write, fetch = kind == uc.UC_MEM_WRITE, kind == uc.UC_MEM_FETCH
-        physical, shadow = self.physical, self._shadow
-        before = physical.generation
-        # What a backing refused is asked for again when it was converted: its walk need not be repeated.
-        what, refused = (va, kind, user, ac), self._refused
-        mapping = None
-        if refused is not None:
-            self._refused = None
-            if refused[0] == what and refused[1] is shadow:
-                mapping = refused[2]
-                for view, at, word in mapping.steps:
-                    if view[at] != word:
-                        mapping = None
-                        break
+    def _convert(self, va: int, kind: int, access: int) -> tuple[int, int, int, int]:
+        """Look the page up in the guest's tables: the engine's address of its backing, the accesses that are allowed from now on (as
+        in shadow.py), GFN and host address. Raises Fault, Refused and what else a backing says.
+        """
+        physical, shadow, write = self.physical, self._shadow, kind == _WRITE
+        before, paging = physical.generation, shadow.paging
+        refused = self._refused
+        mapping = None if refused is None else self._refused_before(refused, va, access)
         if mapping is None:
-            mapping = shadow.paging.walk(physical, va, write, fetch, user, ac)
+            mapping = paging.walk(physical, va, write, kind == _FETCH, access & 4 != 0, access & 8 != 0)
+        gfn = mapping.gfn
         try:
-            window, offset, storable = physical.locate(mapping.gfn, mapping.private, write)
+            window, offset, storable = physical.locate(gfn, mapping.private, write)
         except Refused:
-            self._refused = what, shadow, mapping
+            self._refused = va, access, shadow, mapping
             raise
-        physical.entered.add(mapping.gfn)
+        physical.entered.add(gfn)
         if physical.generation != self.generation:
             self._drop_all()
-        slot.paddr = address = self._memory.address(window, offset)
-        pointer = window.pointer + offset
-        if fetch:
-            # Code may be where loads are refused (SMAP) or see something else (the C-bit clear).
-            readable = not mapping.code_only and shadow.paging.allows(mapping.rights, False, False, user, ac)
-            slot.perms = _READ_EXECUTE if readable else uc.UC_PROT_EXEC
-            self._fetched(va, mapping.gfn, pointer, address)
-        elif storable and mapping.dirty and shadow.paging.allows(mapping.rights, True, False, user, ac):
-            slot.perms = _READ_WRITE
-            self._stored(pointer)
-        else:
-            slot.perms = uc.UC_PROT_READ
+        memory = self._memory
+        address = window.base + offset if window in memory.mapped else memory.address(window, offset)
+        pointer, allowed = window.pointer + offset, accesses(paging, mapping, storable)
         if physical.generation == before:
-            self._shadows.remember(self._shadow, va, mapping, storable, address, pointer)
-            if not fetch:
-                self._extents.seen(va, mapping, shadow.paging, physical, self._code)
+            self._shadows.remember(self._shadow, va, mapping, allowed, address, pointer)
+            if kind != _FETCH and physical.has_stretches:
+                self._extents.seen(va, mapping, paging, physical, self._code)
+        return address, allowed, gfn, pointer
+
+    def _refused_before(self, refused: tuple[int, int, Shadow, Mapping], va: int, access: int) -> Mapping | None:
+        """What a backing refused is asked for again when it was converted: then its walk need not be repeated."""
+        where, what, shadow, mapping = refused
+        self._refused = None
+        if where != va or what != access or shadow is not self._shadow:
+            return None
+        for view, at, word in mapping.steps:
+            if view[at] != word:
+                return None
+        return mapping
 
     # Writable and executable entries never stand in the TLB for one page, whatever addresses it has.
-    def _stored(self, pointer: int) -> None:
-        """A writable entry is about to be made."""
-        if pointer in self._code.pointers:
-            self._native.flush_tlb()
-            self._code.stored(pointer)
-        self._stores.add(pointer)
+    def _stored_to_code(self, pointer: int) -> None:
+        """A writable entry of a page of code is about to be made."""
+        self._native.flush_tlb()
+        self._code.stored(pointer)
 
     def _fetched(self, va: int, gfn: int, pointer: int, address: int) -> None:
         """An executable entry is about to be made."""

@@ -29,8 +29,9 @@ EFER_LMA, EFER_NXE = 1 << 10, 1 << 11
 MODE_CR0, MODE_CR4, MODE_EFER = CR0_PG | CR0_WP, CR4_PSE | CR4_PAE | CR4_SMEP | CR4_SMAP, EFER_LMA | EFER_NXE
 
 Step = tuple[memoryview, int, int]  # one entry that a walk used: its table, its index there, its value
-Region = tuple[tuple[Step, ...], int, int, int]  # the steps above the last table, what they leave of RW and US, NX, that table
-_LAST = (12,)
+Region = tuple[tuple[Step, ...], int, int, int, int, int]
+"""The steps above a page's entry, what they leave of RW and US, NX, the table that has the entry, the shift of its level, and the index
+in the table at which that level begins."""
 _MAX_REGIONS = 4096
 
 
@@ -70,10 +71,13 @@ class Paging:
         self.c_mask = c_mask
         self.encrypted = bool(c_mask)
         self.address_mask = (1 << phys_bits) - 1 & -PAGE if self.wide else 0xFFFFF000
+        self._pointer = self.address_mask & ~c_mask  # of an entry: the table or 4 KiB page that it names
+        self._index_mask = 0x1FF if self.wide else 0x3FF
         self.reserved = 0
         self.accesses: dict[tuple[int, bool, bool, bool], int] = {}  # what a page's rights allow, see shadow.py
         self._regions: dict[int, Region] = {}
         self._region_shift = 21 if self.wide else 22
+        self._checked = P  # of an entry: with P alone of these bits it may be used
         self.shifts: tuple[int, ...] = ()
         self.large: tuple[int, ...] = ()
         self.root = cr3 & self.address_mask & ~c_mask
@@ -90,6 +94,7 @@ class Paging:
             self.shifts, self.large = (22, 12), (22,) if cr4 & CR4_PSE else ()
         if self.wide and not self.no_execute:
             self.reserved |= NX
+        self._checked = P | self.reserved
 
     def cause(self, write: bool, fetch: bool, user: bool) -> int:
         """The #PF error code's bits that tell what was tried."""
@@ -104,74 +109,75 @@ class Paging:
             return Mapping(va >> 12 & 0xFFFFF, self.encrypted, RW | US, True, ())
         if not self.long:
             va &= 0xFFFFFFFF
-        elif (va >> 47) not in (0, 0x1FFFF):
+        elif va >> 47 and va >> 47 != 0x1FFFF:
             raise Fault(GP_VECTOR, 0)
-        encrypted, wide, reserved, pointer = self.encrypted, self.wide, self.reserved, self.address_mask & ~self.c_mask
-        mask, known = (0x1FF if wide else 0x3FF), physical.tables.get
-        table, rights, no_execute, first = self.root, RW | US, 0, (self.root & 0xFFF) >> 3
-        steps: list[Step] = []
-        shifts = self.shifts
         region = self._regions.get(va >> self._region_shift)
         if region is not None:
-            first_steps, rights_so_far, no_execute_so_far, last_table = region
-            for above, at, value in first_steps:
+            for above, at, value in region[0]:
                 if above[at] != value:
+                    region = None  # the upper levels are no longer what they were
                     break
-            else:  # the upper levels are what they were
-                steps, rights, no_execute, table, shifts, first = list(first_steps), rights_so_far, no_execute_so_far, last_table, _LAST, 0
-        for shift in shifts:
-            view = known((table >> 12, encrypted, wide)) or self._table(physical, table, self.cause(write, fetch, user), va)
-            index, first = (va >> shift & mask) + first, 0
+        if region is None:
+            region = self._upper(physical, va, write, fetch, user)
+        steps, rights, no_execute, table, shift, first = region
+        encrypted = self.encrypted
+        view = physical.tables.get((table >> 12, encrypted, self.wide))
+        if view is None:
+            view = self._table(physical, table, self.cause(write, fetch, user), va)
+        index = (va >> shift & self._index_mask) + first
+        entry = view[index]
+        if entry & self._checked != P or (shift != 12 and self._bad_large(entry, shift)):
+            raise Fault(PF_VECTOR, self.cause(write, fetch, user) | (PF_P | PF_RSVD if entry & P else 0), va)
+        rights = rights & entry & (RW | US) | no_execute | entry & NX
+        if (fetch or user or rights != RW) and not self.allows(rights, write, fetch, user, ac):  # else ring 0's own data
+            raise Fault(PF_VECTOR, self.cause(write, fetch, user) | PF_P, va)
+        marked = entry | (A | D if write else A)
+        if marked != entry:
+            entry = self._mark(physical, table, view, index, entry, marked)
+        page = (entry & self._pointer if shift == 12 else self._address(entry, shift, va)) >> 12
+        steps += ((view, index, entry),)
+        if not encrypted:
+            return Mapping(page, False, rights, marked & D != 0, steps)
+        # Fetches are always decrypted, whatever the C-bit: code in shared memory would otherwise be the host's to
+        # write.
+        # In 32-bit paging there is no room for a C-bit, and everything is private.
+        data_private = not self.wide or entry & self.c_mask != 0
+        return Mapping(page, fetch or data_private, rights, marked & D != 0, steps, fetch and not data_private)
+
+    def _upper(self, physical: Physical, va: int, write: bool, fetch: bool, user: bool) -> Region:
+        """The way to the entry of the page at `va`, without that entry: to the last table, or to where a large page's entry stands
+        (that is not kept). The entries on the way are checked and marked as accessed.
+        """
+        table, rights, no_execute, first = self.root, RW | US, 0, (self.root & 0xFFF) >> 3
+        steps: list[Step] = []
+        for shift in self.shifts[:-1]:
+            view = self._table(physical, table, self.cause(write, fetch, user), va)
+            index = (va >> shift & self._index_mask) + first
             entry = view[index]
             if not entry & P:
                 raise Fault(PF_VECTOR, self.cause(write, fetch, user), va)
             if shift == 30 and not self.long:  # PAE's top level has no rights and no accessed bit
-                if entry & (reserved | NX | 0x1E6):
+                if entry & (self.reserved | NX | 0x1E6):
                     raise Fault(PF_VECTOR, self.cause(write, fetch, user) | PF_P | PF_RSVD, va)
-                steps.append((view, index, entry))
-                table = entry & pointer
-                continue
-            if entry & reserved or (entry & G and shift == 39):  # what would be G is reserved at the top (AMD)
+            elif entry & self.reserved or (entry & G and shift == 39):  # what would be G is reserved at the top (AMD)
                 raise Fault(PF_VECTOR, self.cause(write, fetch, user) | PF_P | PF_RSVD, va)
-            if shift == 12:
-                if shifts is not _LAST:
-                    self._keep_region(va, (tuple(steps), rights, no_execute, table))
+            elif entry & PS and (shift != 22 or self.large):
+                return tuple(steps), rights, no_execute, table, shift, first
+            else:
                 rights &= entry
                 no_execute |= entry & NX
-                break
-            rights &= entry
-            no_execute |= entry & NX
-            if entry & PS and (shift != 22 or self.large):
-                if self._bad_large(entry, shift):
-                    raise Fault(PF_VECTOR, self.cause(write, fetch, user) | PF_P | PF_RSVD, va)
-                break
-            if not entry & A:
-                entry = self._mark(physical, table, view, index, entry, entry | A)
+                if not entry & A:
+                    entry = self._mark(physical, table, view, index, entry, entry | A)
             steps.append((view, index, entry))
-            table = entry & pointer
-        rights = rights & (RW | US) | no_execute
-        simple = rights == RW and not fetch and not user  # ring 0's own data page: always allowed
-        if not simple and not self.allows(rights, write, fetch, user, ac):
-            raise Fault(PF_VECTOR, self.cause(write, fetch, user) | PF_P, va)
-        marked = entry | A | (D if write else 0)
-        if marked != entry:
-            entry = self._mark(physical, table, view, index, entry, marked)
-        steps.append((view, index, entry))
-        # Fetches are always decrypted, whatever the C-bit: code in shared memory would otherwise be the host's to
-        # write.
-        # In 32-bit paging there is no room for a C-bit, and everything is private.
-        data_private = self.encrypted and (not self.wide or bool(entry & self.c_mask))
-        private = self.encrypted if fetch else data_private
-        page = self._address(entry, shift, va) >> 12
-        return Mapping(page, private, rights, bool(marked & D), tuple(steps), private is not data_private)
-
-    def _keep_region(self, va: int, region: Region) -> None:
-        """Remember the way to the last table of a region, for its other pages."""
+            table, first = entry & self._pointer, 0
+        region = tuple(steps), rights, no_execute, table, 12, 0
         if len(self._regions) >= _MAX_REGIONS:
             self._regions.clear()
-        self._regions[va >> self._region_shift] = region
+        self._regions[va >> self._region_shift] = region  # the way for its other pages
+        return region
 
     def _table(self, physical: Physical, table: int, cause: int, va: int) -> memoryview:
+        """A table's words. Raises Fault or Refused."""
         try:
             return physical.words(table >> 12, self.encrypted, self.wide)
         except Refused as why:
@@ -196,7 +202,7 @@ class Paging:
         offset = va & (1 << shift) - 1
         if shift == 22:  # bits 20:13 of a 4 MiB page's entry are bits 39:32 of the address
             return (entry & 0xFFC00000 | (entry >> 13 & 0xFF) << 32) + offset
-        return (entry & self.address_mask & ~self.c_mask & -(1 << shift)) + offset
+        return (entry & self._pointer & -(1 << shift)) + offset
 
     def allows(self, rights: int, write: bool, fetch: bool, user: bool, ac: bool) -> bool:
         """May an access with these `rights` (RW, US, NX) be made?"""

@@ -29,6 +29,24 @@ READ, WRITE, FETCH, USER, AC = 0, 1, 2, 4, 8
 Page = tuple[memoryview, int, int, memoryview, int, int, memoryview, int, int, memoryview, int, int, int, int, int, int]
 
 
+def accesses(paging: Paging, mapping: Mapping, writable: bool) -> int:
+    """The accesses that need no further look, a bit for each: stores only to pages that are dirty already, and whose backing is ready
+    for stores (`writable`); fetches only where they see what loads see.
+    """
+    key = (mapping.rights, writable and mapping.dirty, mapping.private == paging.encrypted, mapping.code_only)
+    found = paging.accesses.get(key)
+    if found is None:
+        found = 0
+        for access in range(16):
+            write, fetch = access & 3 == WRITE, access & 3 == FETCH
+            if access & 3 == 3 or (write and not key[1]) or (not key[2] if fetch else key[3]):
+                continue
+            if paging.allows(mapping.rights, write, fetch, bool(access & USER), bool(access & AC)):
+                found |= 1 << access
+        paging.accesses[key] = found
+    return found
+
+
 class Shadow:
     """Converted pages of one address space, by guest-virtual page address."""
 
@@ -65,42 +83,26 @@ class Shadows:
         self._room += len(pages)
         pages.clear()  # what was noted by GFN must not find them again
 
-    def remember(self, shadow: Shadow, va: int, mapping: Mapping, writable: bool, address: int, pointer: int) -> Page:
-        """Keep what `va` was converted to. `writable`: its backing is ready for stores."""
+    def remember(self, shadow: Shadow, va: int, mapping: Mapping, allowed: int, address: int, pointer: int) -> None:
+        """Keep what `va` was converted to, and the accesses that it allows."""
         if not self._room or self._noted >= _MAX_NOTES:
             self.clear()
             self._kept[shadow.key] = shadow
-        old = shadow.pages.get(va)
+        gfn, steps, pages = mapping.gfn, mapping.steps, shadow.pages
+        old = pages.get(va)
         if old is None:
             self._room -= 1
-        if old is None or old[GFN] != mapping.gfn:
+        if old is None or old[GFN] != gfn:
             self._noted += 1
-            self._by_gfn.setdefault(mapping.gfn, []).append((shadow, va))
-        steps = mapping.steps
+            notes = self._by_gfn.get(gfn)
+            if notes is None:
+                self._by_gfn[gfn] = [(shadow, va)]
+            else:
+                notes.append((shadow, va))
         if len(steps) < _LEVELS:
             steps += (_NO_STEP,) * (_LEVELS - len(steps))
         first, second, third, fourth = steps
-        page = (*first, *second, *third, *fourth, address, self._accesses(shadow.paging, mapping, writable), mapping.gfn, pointer)
-        shadow.pages[va] = page
-        return page
-
-    @staticmethod
-    def _accesses(paging: Paging, mapping: Mapping, writable: bool) -> int:
-        """The accesses that need no further look: stores only to pages that are dirty already; fetches only where they
-        see what loads see.
-        """
-        key = (mapping.rights, writable and mapping.dirty, mapping.private == paging.encrypted, mapping.code_only)
-        found = paging.accesses.get(key)
-        if found is None:
-            found = 0
-            for access in range(16):
-                write, fetch = access & 3 == WRITE, access & 3 == FETCH
-                if access & 3 == 3 or (write and not key[1]) or (not key[2] if fetch else key[3]):
-                    continue
-                if paging.allows(mapping.rights, write, fetch, bool(access & USER), bool(access & AC)):
-                    found |= 1 << access
-            paging.accesses[key] = found
-        return found
+        pages[va] = (*first, *second, *third, *fourth, address, allowed, gfn, pointer)
 
     def forget(self, first: int, end: int) -> None:
         """The backings of [first, end), in GFNs, changed. They are no tables that anything was converted from."""

@@ -36,9 +36,10 @@ class PrivateSlots(Physical):
     rule: Rule
     vm: DialectVm
     always_attended = True
+    has_stretches = False  # the rule is asked for each page
 
     def stretch(self, gfn: int) -> Stretch | None:
-        return None  # the rule is asked for each page
+        return None
 
     def locate(self, gfn: int, encrypted: bool, write: bool) -> tuple[Window, int, bool]:
         slot = self.slots.find(gfn)

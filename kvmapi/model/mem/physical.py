@@ -32,6 +32,7 @@ from kvmapi.model.stats import OF_VM, REMOTE_TLB_FLUSH, Stats
 if TYPE_CHECKING:
     from kvmapi.model.memslots import Memslots, Slot
 
+_PAGE_SHIFT = 12
 _WINDOW_ALIGN = 1 << 30
 _BLOCK = 64 << 20  # bytes of the caller's addresses, aligned
 _SMALL = _BLOCK // 16  # the largest slot that shares a window
@@ -78,6 +79,7 @@ class Physical:
     """Guest-physical memory of a plain VM, and what the other kinds share."""
 
     always_attended = False
+    has_stretches = True  # may `stretch` ever find one?
 
     def __init__(self, slots: Memslots, memory: Memory) -> None:
         self.slots = slots
@@ -195,15 +197,18 @@ class Physical:
             known.add_range(page, end // PAGE)
 
     def _in_caller(self, gfn: int, slot: Slot, write: bool) -> tuple[Window, int, bool]:
-        self._check_caller(gfn, slot, write)
-        if write and slot.dirty is not None:
-            mark_dirty(slot, gfn)
+        at = (gfn - slot.gfn) * PAGE
+        page = slot.hva + at >> _PAGE_SHIFT
+        if page not in (self._writable if write else self._readable):
+            self._check_caller(gfn, slot, write)
+        if slot.dirty is not None:
+            storable = write
+            if write:
+                mark_dirty(slot, gfn)
+        else:
+            storable = write or (page in self._writable and not slot.readonly)
         window, start = self._placed(slot) or self._place(slot)
-        return (
-            window,
-            start + (gfn - slot.gfn) * PAGE,
-            write or (slot.dirty is None and not slot.readonly and slot.hva_of(gfn) // PAGE in self._writable),
-        )
+        return window, start + at, storable
 
     def _placed(self, slot: Slot) -> tuple[Window, int] | None:
         """The window that has the slot's memory, and where in it that begins; None when it has none yet."""

@@ -21,23 +21,26 @@ if TYPE_CHECKING:
 class ProtectedPhysical(Physical):
     """SW_PROTECTED: the attribute chooses between guest_memfd and the caller's memory."""
 
+    has_stretches = False  # each page has an attribute
+
     def __init__(self, slots: Memslots, memory: Memory, private: PrivateSet) -> None:
         super().__init__(slots, memory)
         self.private = private
 
     def stretch(self, gfn: int) -> Stretch | None:
-        return None  # each page has an attribute
+        return None
 
     def locate(self, gfn: int, encrypted: bool, write: bool) -> tuple[Window, int, bool]:
-        if gfn not in self.private:
-            shared = self._slot(gfn, write)
-            if shared.gmem is not None and shared.gmem.mappable:
-                return self._in_gmem(gfn, shared, private=False)
-            return self._in_caller(gfn, shared, write)
         slot = self.slots.find(gfn)
-        if slot is None:
-            raise Refused("fault", gfn * PAGE, private=True)
-        return self._in_gmem(gfn, slot, private=True)
+        if gfn in self.private:
+            if slot is None or slot.gmem is None:
+                raise Refused("fault", gfn * PAGE, private=True)
+            return self._in_gmem(gfn, slot, private=True)
+        if slot is None or (write and slot.readonly):
+            raise Refused("mmio", gfn * PAGE)
+        if slot.gmem is not None and slot.gmem.mappable:
+            return self._in_gmem(gfn, slot, private=False)
+        return self._in_caller(gfn, slot, write)
 
 
 class EncryptedPhysical(Physical):
