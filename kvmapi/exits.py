@@ -99,6 +99,7 @@ _HYPERCALL = struct.Struct("<9Q")
 _HYPERCALL_FLAGS = 0xFFFF_FFFF  # older kernels write only `longmode`, the low half; the rest was padding
 _MSR = struct.Struct("<B7xIIQ")
 _FAULT = struct.Struct("<QQQ")
+_MEMORY_FAULT, _WITH_MEMORY_FAULT = kvm.KVM_EXIT_MEMORY_FAULT, (EFAULT, EHWPOISON)
 
 
 def _io(run: Mapping) -> Exit:
@@ -249,12 +250,10 @@ def decode(run_map: Mapping, errno: int = 0) -> Exit:
     """
     (reason,) = _REASON.unpack_from(run_map, _REASON_OFFSET)
     if errno:
-        if errno == EINTR:
-            return _INTR
-        if errno in (EFAULT, EHWPOISON) and reason == kvm.KVM_EXIT_MEMORY_FAULT:
+        if reason == _MEMORY_FAULT and errno in _WITH_MEMORY_FAULT:
             flags, gpa, size = _FAULT.unpack_from(run_map, _U)
             return MemoryFault(flags, gpa, size, errno)
-        return RunFailed(errno)
+        return _INTR if errno == EINTR else RunFailed(errno)
     decoder = _DECODERS.get(reason) or _other_architecture(reason)
     if decoder is None:
         return Unknown(reason, bytes(run_map[_U : _U + EXIT_UNION_SIZE]))

@@ -33,7 +33,7 @@ class PrivateSet:
     def set_range(self, gfn: int, pages: int, private: bool) -> bool:
         """Make [gfn, gfn+pages) private or shared; True when a page changed."""
         if pages == 1:
-            return self._set_page(gfn, private)
+            return self.set_page(gfn, private)
         end = gfn + pages
         first, last = -(-gfn >> _SHIFT), end >> _SHIFT  # the chunks [first, last) are covered wholly
         if first > last:
@@ -45,23 +45,24 @@ class PrivateSet:
             changed |= self._set_in_chunk(last, 0, end & _MASK, private)
         return changed
 
-    def _set_page(self, gfn: int, private: bool) -> bool:
-        """What a conversion after a fault asks for."""
-        chunk, page = self._partial.get(gfn >> _SHIFT), gfn & _MASK
+    def set_page(self, gfn: int, private: bool) -> bool:
+        """The same for one page: what a conversion after a fault asks for."""
+        index, page = gfn >> _SHIFT, gfn & _MASK
+        chunk = self._partial.get(index)
         if chunk is None:
-            return self._set_in_chunk(gfn >> _SHIFT, page, 1, private)
+            return self._set_in_chunk(index, page, 1, private)
         if (page in chunk) == private:
             return False
         (chunk.add if private else chunk.discard)(page)
-        self._settle(gfn >> _SHIFT, chunk)
+        if len(chunk) in _NOT_PARTIAL:
+            self._settle(index, chunk)
         return True
 
     def _settle(self, index: int, chunk: BitMap) -> None:
-        """A chunk changed: perhaps it is whole now, or empty."""
-        if len(chunk) in _NOT_PARTIAL:
-            if chunk:
-                self._whole.add(index)
-            del self._partial[index]
+        """A chunk has become whole, or empty."""
+        if chunk:
+            self._whole.add(index)
+        del self._partial[index]
 
     def _set_chunks(self, first: int, last: int, private: bool) -> bool:
         """Make the chunks [first, last) wholly private or wholly shared."""
@@ -93,5 +94,6 @@ class PrivateSet:
             chunk.add_range(first, first + count)
         else:
             chunk.remove_range(first, first + count)
-        self._settle(index, chunk)
+        if len(chunk) in _NOT_PARTIAL:
+            self._settle(index, chunk)
         return bool(before != (count if private else 0))

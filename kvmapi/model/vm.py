@@ -299,7 +299,7 @@ class VmFile(File):
         with self._slots_mutex:
             lock = self._pause()
             try:
-                if self.private.set_range(gfn, pages, private):
+                if self.private.set_page(gfn, private) if pages == 1 else self.private.set_range(gfn, pages, private):
                     self.physical.flush_range(gfn, pages)
             finally:
                 lock.release()

@@ -277,6 +277,9 @@ class Mmu:
     # ---- for the model's own accesses (exception frames, string I/O, KVM_TRANSLATE)
     def paging(self) -> Paging:
         """The current mode and root."""
+        if self.generation < self.physical.flushed:  # what was kept shows memory that may be gone
+            self._shadows.clear()
+            self._switch()
         key, u64 = self._shadow.key, self._u64
         if u64[_CR3] != key[1] or u64[_CR0] != key[0] or u64[_CR4] != key[2] or u64[self._efer] != key[3] or self.c_mask != key[4]:
             self._switch()

@@ -29,9 +29,9 @@ EFER_LMA, EFER_NXE = 1 << 10, 1 << 11
 MODE_CR0, MODE_CR4, MODE_EFER = CR0_PG | CR0_WP, CR4_PSE | CR4_PAE | CR4_SMEP | CR4_SMAP, EFER_LMA | EFER_NXE
 
 Step = tuple[memoryview, int, int]  # one entry that a walk used: its table, its index there, its value
-Region = tuple[tuple[Step, ...], int, int, int, int, int]
-"""The steps above a page's entry, what they leave of RW and US, NX, the table that has the entry, the shift of its level, and the index
-in the table at which that level begins."""
+Region = tuple[tuple[Step, ...], int, int, int, memoryview, int, int]
+"""The steps above a page's entry, what they leave of RW and US, NX, the table that has the entry and its words, the shift of its level,
+and the index in the table at which that level begins."""
 _MAX_REGIONS = 4096
 
 
@@ -59,7 +59,9 @@ class Mapping(NamedTuple):
 
 
 class Paging:
-    """One paging mode with one root: everything that CR0, CR3, CR4 and EFER say about translation."""
+    """One paging mode with one root: everything that CR0, CR3, CR4 and EFER say about translation. It keeps views of tables, and is
+    not to be used any more after a flush of `Physical`.
+    """
 
     def __init__(self, cr0: int, cr3: int, cr4: int, efer: int, c_mask: int, phys_bits: int) -> None:
         self.on = bool(cr0 & CR0_PG)
@@ -119,11 +121,7 @@ class Paging:
                     break
         if region is None:
             region = self._upper(physical, va, write, fetch, user)
-        steps, rights, no_execute, table, shift, first = region
-        encrypted = self.encrypted
-        view = physical.tables.get((table >> 12, encrypted, self.wide))
-        if view is None:
-            view = self._table(physical, table, self.cause(write, fetch, user), va)
+        steps, rights, no_execute, table, view, shift, first = region
         index = (va >> shift & self._index_mask) + first
         entry = view[index]
         if entry & self._checked != P or (shift != 12 and self._bad_large(entry, shift)):
@@ -136,7 +134,7 @@ class Paging:
             entry = self._mark(physical, table, view, index, entry, marked)
         page = (entry & self._pointer if shift == 12 else self._address(entry, shift, va)) >> 12
         steps += ((view, index, entry),)
-        if not encrypted:
+        if not self.encrypted:
             return Mapping(page, False, rights, marked & D != 0, steps)
         # Fetches are always decrypted, whatever the C-bit: code in shared memory would otherwise be the host's to
         # write.
@@ -162,7 +160,7 @@ class Paging:
             elif entry & self.reserved or (entry & G and shift == 39):  # what would be G is reserved at the top (AMD)
                 raise Fault(PF_VECTOR, self.cause(write, fetch, user) | PF_P | PF_RSVD, va)
             elif entry & PS and (shift != 22 or self.large):
-                return tuple(steps), rights, no_execute, table, shift, first
+                return tuple(steps), rights, no_execute, table, view, shift, first
             else:
                 rights &= entry
                 no_execute |= entry & NX
@@ -170,7 +168,8 @@ class Paging:
                     entry = self._mark(physical, table, view, index, entry, entry | A)
             steps.append((view, index, entry))
             table, first = entry & self._pointer, 0
-        region = tuple(steps), rights, no_execute, table, 12, 0
+        view = self._table(physical, table, self.cause(write, fetch, user), va)
+        region = tuple(steps), rights, no_execute, table, view, 12, 0
         if len(self._regions) >= _MAX_REGIONS:
             self._regions.clear()
         self._regions[va >> self._region_shift] = region  # the way for its other pages

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from pyroaring import BitMap64
 
+from kvmapi.abi import kvm
 from kvmapi.model.caller import PAGE, Memory
 from kvmapi.model.mem.secure import page_view
 from kvmapi.model.stats import OF_VM, REMOTE_TLB_FLUSH, Stats
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from kvmapi.model.memslots import Memslots, Slot
 
 _PAGE_SHIFT = 12
+_READONLY = kvm.KVM_MEM_READONLY
 _WINDOW_ALIGN = 1 << 30
 _BLOCK = 64 << 20  # bytes of the caller's addresses, aligned
 _SMALL = _BLOCK // 16  # the largest slot that shares a window
@@ -206,9 +208,12 @@ class Physical:
             if write:
                 mark_dirty(slot, gfn)
         else:
-            storable = write or (page in self._writable and not slot.readonly)
-        window, start = self._placed(slot) or self._place(slot)
-        return window, start + at, storable
+            storable = write or (page in self._writable and not slot.flags & _READONLY)
+        window = self.windows.get(id(slot.backing_key))
+        if window is None:
+            window, start = self._placed(slot) or self._place(slot)
+            at += start
+        return window, at, storable
 
     def _placed(self, slot: Slot) -> tuple[Window, int] | None:
         """The window that has the slot's memory, and where in it that begins; None when it has none yet."""
