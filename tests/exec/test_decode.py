@@ -72,6 +72,34 @@ def test_of_what_goes_both_ways_the_change_comes_back(memory: Memory) -> None:
     assert decoder.after(call, ARGUMENT, -errno.EINTR, memory.read) == {"size": 0x2000}
 
 
+def test_what_is_only_filled_in_is_not_shown_before_it_is(memory: Memory) -> None:
+    """What stands there before the call is whatever the program kept there last."""
+    decoder, stale = Decoder(), b"\x5a" * 4096
+    header = vcpu.kvm_cpuid2()
+    header.nent = 2
+    memory.put(ARGUMENT, header, stale)
+    call = decoder.before("system", ioctls.KVM_GET_SUPPORTED_CPUID, ARGUMENT, memory.read)
+    assert call.fields == {"nent": 2}
+    assert decoder.after(call, ARGUMENT, -errno.E2BIG, memory.read) == {}
+    memory.put(ARGUMENT, header, vcpu.kvm_cpuid_entry2(function=1), vcpu.kvm_cpuid_entry2(function=2))
+    shown: Any = decoder.after(call, ARGUMENT, 0, memory.read)["entries"]
+    assert [entry["function"] for entry in shown] == ["0x1", "0x2"]
+    memory.put(ARGUMENT, vcpu.kvm_translation(linear_address=0x1000, physical_address=0x5A5A5A, valid=1))
+    call = decoder.before("vcpu", ioctls.KVM_TRANSLATE, ARGUMENT, memory.read)
+    assert call.fields == {"linear_address": "0x1000"}
+    assert decoder.after(call, ARGUMENT, 0, memory.read)["physical_address"] == "0x5a5a5a"
+
+
+def test_of_msrs_that_are_read_the_index_comes_in_and_what_was_read_goes_out(memory: Memory) -> None:
+    header = vcpu.kvm_msrs()
+    header.nmsrs = 3
+    memory.put(ARGUMENT, header, *(vcpu.kvm_msr_entry(index=0x174 + at, data=0x5A5A) for at in range(3)))
+    call = Decoder().before("vcpu", ioctls.KVM_GET_MSRS, ARGUMENT, memory.read)
+    assert call.fields["entries"] == [{"index": "0x174"}, {"index": "0x175"}, {"index": "0x176"}]
+    shown: Any = Decoder().after(call, ARGUMENT, 2, memory.read)["entries"]
+    assert [entry["index"] for entry in shown] == ["0x174", "0x175"]
+
+
 @pytest.mark.parametrize("announced", [2, MOST_ENTRIES + 1, 0xFFFFFFFF])
 def test_entries_are_bounded(announced: int, memory: Memory) -> None:
     entries = [vcpu.kvm_msr_entry(index=0x174 + at, data=at) for at in range(MOST_ENTRIES)]
@@ -140,14 +168,16 @@ def test_command_that_the_firmware_refuses(memory: Memory) -> None:
 
 
 def test_platform_command(memory: Memory) -> None:
-    memory.put(DATA, psp.sev_user_data_status())
+    memory.put(DATA, psp.sev_user_data_status(guest_count=0x5A5A))
     memory.put(ARGUMENT, psp.sev_issue_cmd(psp.SEV_PLATFORM_STATUS, DATA, 0))
     call = Decoder().before("sev", psp.SEV_ISSUE_CMD, ARGUMENT, memory.read)
     assert call.command == "SEV_PLATFORM_STATUS"
     status = psp.sev_user_data_status()
     status.guest_count = 3
     memory.put(DATA, status)
-    assert Decoder().after(call, ARGUMENT, 0, memory.read) == {"guest_count": "0x3"}
+    assert call.fields == {}
+    assert Decoder().after(call, ARGUMENT, 0, memory.read)["guest_count"] == "0x3"
+    assert Decoder().after(call, ARGUMENT, -errno.EIO, memory.read) == {}
 
 
 @pytest.mark.parametrize("which", list(table.rows()), ids=lambda row: f"{row.on}-{row.name}")
@@ -185,6 +215,46 @@ def test_every_command_survives(request_: int, which: table.Command) -> None:
         call = Decoder().before("vm", request_, ARGUMENT, read)
         assert json.dumps([call.fields, Decoder().after(call, ARGUMENT, -errno.EIO, read)])
         assert call.command in (None, which.name)
+
+
+PUBLIC = frozenset({
+    "sev_fd", "handle", "policy", "state", "flags", "len", "vmsa_features", "ghcb_version", "gfn_start", "type", "length", "api_major",
+    "api_minor", "build", "build_id", "guest_count", "is_rmp_initialized", "mask_chip_id", "mask_chip_key", "vlek_en", "feature_info",
+    "rapl_dis", "ciphertext_hiding_cap", "ciphertext_hiding_en", "current_tcb_version", "reported_tcb_version", "reported_tcb",
+    "id_block_en", "auth_key_en", "vcek_disabled", "vlek_wrapped_version",
+})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("request_", "which"), [row for row in every_command() if row[1].struct is not None], ids=lambda value: getattr(value, "name", "")
+)
+def test_of_a_command_only_what_is_public_is_shown(request_: int, which: table.Command, memory: Memory) -> None:
+    """Every field is one that this list calls public, an address, a length, or only its own size; payload is not even read."""
+    assert which.struct is not None
+    made = sev.kvm_sev_cmd(id=which.id, data=DATA) if request_ == ioctls.KVM_MEMORY_ENCRYPT_OP else psp.sev_issue_cmd(which.id, DATA, 0)
+    memory.put(ARGUMENT, made)
+    memory.put(DATA, b"\x5a" * ctypes.sizeof(which.struct))
+    call = Decoder().before("vm", request_, ARGUMENT, memory.read)
+    memory.put(DATA, b"\x5b" * ctypes.sizeof(which.struct))
+    for name, value in {**call.fields, **Decoder().after(call, ARGUMENT, 0, memory.read)}.items():
+        place = name.endswith(("uaddr", "_address", "_len")) or name == "address"
+        assert place or name in PUBLIC or str(value).endswith(" bytes>"), name
+    assert {address for address, _ in memory.touched} == {ARGUMENT, DATA}
+
+
+def test_what_kvm_run_is_asked_for() -> None:
+    from vmm.exec.decode import run_fields
+
+    page = bytearray(b"\0" * 12288)
+    assert run_fields(page) == {}
+    run = kvm_run.from_buffer(page)
+    run.immediate_exit, run.request_interrupt_window, run.cr8 = 1, 1, 0xF
+    run.kvm_valid_regs, run.kvm_dirty_regs = 5, 1 << 63 | kvm.KVM_SYNC_X86_SREGS
+    run.exit_reason, run.mmio.data[0], page[4096] = kvm.KVM_EXIT_MMIO, 0x5A, 0x5A
+    assert run_fields(page) == {
+        "request_interrupt_window": 1, "immediate_exit": 1, "cr8": "0xf", "kvm_valid_regs": ["regs", "events"],
+        "kvm_dirty_regs": ["sregs", hex(1 << 63)],
+    }  # fmt: skip
 
 
 def test_exits() -> None:
