@@ -6,13 +6,17 @@ import errno
 import json
 import os
 import stat
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from kvmapi import table
 from kvmapi.abi import ioctls, kvm, structs
 from kvmapi.abi.run import kvm_run
 from kvmapi.model.caller import OwnMemory
@@ -55,7 +59,7 @@ def test_whole_story(tmp_path: Path) -> None:
     recorder.end(entry, -errno.EINVAL)
     page = bytearray(4096)
     kvm_run.from_buffer(page).exit_reason = kvm.KVM_EXIT_HLT
-    entry = recorder.ioctl(os.getpid(), os.getpid(), "kvm-vcpu", VCPU, ioctls.KVM_RUN, 0, NoMemory())
+    entry = recorder.ioctl(os.getpid(), os.getpid(), "vcpu", VCPU, ioctls.KVM_RUN, 0, NoMemory())
     recorder.end(entry, 0, page)
     assert recorder.close() == ""
     header, opened, refused, ran, end = lines(path)
@@ -71,6 +75,58 @@ def test_whole_story(tmp_path: Path) -> None:
     assert ran["us"] >= 0
     assert ran["t"] >= refused["t"] >= opened["t"] >= 0
     assert end == {"end": "complete", "calls": 3, "dropped": 0}
+
+
+def test_file_that_a_call_made_and_its_end(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "log", OPTIONS)
+    number = recorder.number(VM)
+    recorder.call(CallRecord(os.getpid(), os.getpid(), "open", fields={"path": "/dev/kvm"}, result=5, made=("system", number)))
+    recorder.call(CallRecord(os.getpid(), os.getpid(), "mmap", "vcpu", recorder.number(VCPU), result=None))
+    recorder.call(CallRecord(0, 0, "release", "system", recorder.number(VM), result=None))
+    recorder.close()
+    _, opened, mapped, released, end = lines(tmp_path / "log")
+    assert (opened["made"], opened["result"]) == ({"on": "system", "file": number}, 5)
+    assert (mapped["file"], "result" in mapped, "error" in mapped) == (number + 1, False, False)
+    assert released.keys() == {"t", "call", "on", "file"}
+    assert (released["call"], released["file"]) == ("release", number)
+    assert end["calls"] == 3
+
+
+def test_kvm_run_begins_with_what_was_asked_for(tmp_path: Path) -> None:
+    recorder, page = Recorder(tmp_path / "log", OPTIONS), bytearray(12288)
+    kvm_run.from_buffer(page).immediate_exit = 1
+    entry = recorder.ioctl(1, 1, "vcpu", VCPU, ioctls.KVM_RUN, 0, NoMemory(), page)
+    page[1] = 0
+    recorder.end(entry, -errno.EINTR, page)
+    entry = recorder.ioctl(1, 1, "vcpu", VCPU, ioctls.KVM_GET_MP_STATE, 0, OwnMemory(), page)
+    recorder.end(entry, -errno.EFAULT, page)
+    recorder.close()
+    _, ran, other, _ = lines(tmp_path / "log")
+    assert (ran["in"], ran["exit"]) == ({"immediate_exit": 1}, {"reason": "INTR"})
+    assert "exit" not in other and "in" not in other
+
+
+REQUESTS = [*sorted({row.number for row in table.rows()}), 0xAEFE, 0xFFFFFFFFFFFFFFFF]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(REQUESTS), st.sampled_from(["system", "vm", "vcpu", "sev", "guest_memfd", "stats"]),
+    st.integers(0, (1 << 64) - 1), st.binary(max_size=96), st.integers(-4095, 1 << 31),
+)  # fmt: skip
+def test_any_call_is_one_line_of_bounded_json(request_: int, on: str, argument: int, data: bytes, result: int) -> None:
+    class Repeated:
+        def read(self, address: int, size: int) -> bytes:
+            return (data * (size // max(len(data), 1) + 1))[:size] if data else bytes(size)
+
+    page = bytearray(Repeated().read(0, 12288))
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = Recorder(Path(folder) / "log", OPTIONS)
+        recorder.end(recorder.ioctl(1, 1, on, VM, request_, argument, Repeated(), page), result, page)
+        assert recorder.close() == ""
+        text = (Path(folder) / "log").read_bytes()
+    assert text.count(b"\n") == 3 and len(text) < 1 << 16
+    assert json.loads(text.splitlines()[1])["result"] == result
 
 
 def test_only_the_owner_may_read_it(tmp_path: Path) -> None:

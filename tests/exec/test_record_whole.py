@@ -12,9 +12,29 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import require
+
 pytestmark = [pytest.mark.model, pytest.mark.gcc]
 
 TREE = Path(__file__).parents[2]
+ASKS = """
+import ctypes, errno, os, sys
+from kvmapi.abi import caps, ioctls, kvm
+from kvmapi.kernel import KernelHost
+from kvmapi.system import System
+with System(KernelHost()) as system, system.create_vm(kvm.KVM_X86_SW_PROTECTED_VM) as vm, vm.create_vcpu() as vcpu:
+    vm.check_extension(caps.KVM_CAP_NESTED_STATE), vm.check_extension(caps.KVM_CAP_NESTED_STATE)
+    assert vm.ioctl_raw(0xAEFE) == -errno.ENOTTY
+    vcpu.kvm_run.immediate_exit = 1
+    vcpu.kvm_run.cr8 = 3
+    assert vcpu.run() == errno.EINTR
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap(None, ctypes.c_size_t(4096), 3, 1, vm.fd, ctypes.c_long(0))
+    assert ctypes.get_errno() == errno.ENODEV
+os.kill(os.getpid(), 15)
+"""
+"""A program that asks for what is not there, gives KVM_RUN something to do, and is killed."""
+
 SECRET = b"correct horse battery staple"
 
 
@@ -54,6 +74,40 @@ def test_a_place_that_cannot_be_written_is_a_mistake() -> None:
     assert done.stderr == "sevmm exec: /dev/null/log cannot be written: not a directory\n"
 
 
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, str]:
+    """The recording of ASKS, and what was told of it."""
+    log = tmp_path_factory.mktemp("asked") / "log"
+    command = [sys.executable, "-m", "vmm.cli", "exec", "--verbose", "--record", str(log), "--", sys.executable, "-c", ASKS]
+    done = subprocess.run(command, cwd=TREE, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -15, done.stderr
+    return log.read_bytes(), done.stderr
+
+
+def test_what_kvm_run_was_asked_for(asked: tuple[bytes, str]) -> None:
+    ran = [line for line in lines(asked) if line.get("ioctl") == "KVM_RUN"]
+    assert [(line["in"], line["exit"], line["result"]) for line in ran] == [({"immediate_exit": 1, "cr8": "0x3"}, {"reason": "INTR"}, -4)]
+
+
+def test_mapping_that_is_refused_has_its_result(asked: tuple[bytes, str]) -> None:
+    mapped = [(line["on"], line.get("error")) for line in lines(asked) if line.get("call") == "mmap"]
+    assert mapped == [("vcpu", None), ("vm", "ENODEV (no such device)")]
+
+
+def test_told_while_it_runs_and_at_its_end(asked: tuple[bytes, str]) -> None:
+    told = [line.removeprefix("sevmm exec: ") for line in asked[1].splitlines()]
+    assert sum("opens /dev/kvm" in line for line in told) == 1
+    assert told[1:6] == [
+        "makes a VM of type 1 (SW_PROTECTED), number 1",
+        "asked for KVM_CAP_NESTED_STATE: the answer is 0, it is not there",
+        "ioctl 0x0000aefe on a vm fd: ENOTTY, there is no such call",
+        told[4],
+        "KVM_RUN returned once: INTR (immediate_exit) 1",
+    ]
+    assert told[4].startswith("opened /dev/kvm once; ") and told[4].endswith("VMs: 1 of type 1 (SW_PROTECTED)")
+    assert told[-1] == f"{sys.executable} was killed by SIGTERM"
+
+
 def lines(recorded: tuple[bytes, str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in recorded[0].splitlines()]
 
@@ -76,6 +130,23 @@ def test_files_keep_their_numbers(recorded: tuple[bytes, str]) -> None:
     assert set().union(*kinds.values()) >= {"system", "vm", "vcpu", "sev"}
 
 
+def test_every_file_begins_and_ends(recorded: tuple[bytes, str]) -> None:
+    made = [(line["made"]["on"], line["made"]["file"]) for line in lines(recorded) if "made" in line]
+    released = [(line["on"], line["file"]) for line in lines(recorded) if line.get("call") == "release"]
+    assert len(set(made)) == len(made)
+    assert sorted(made) == sorted(released)
+    assert {kind for kind, _ in made} >= {"system", "vm", "vcpu", "sev"}
+    opened = [line for line in lines(recorded) if line.get("call") == "open" and line.get("made", {}).get("on") == "sev"]
+    assert opened[0]["in"]["path"] == "/dev/sev" and opened[0]["result"] > 2
+
+
+def test_the_vcpus_page_is_mapped_before_it_runs(recorded: tuple[bytes, str]) -> None:
+    order = [line.get("call") if line.get("call") == "mmap" else line.get("ioctl") for line in lines(recorded) if line.get("on") == "vcpu"]
+    assert order.index("mmap") < order.index("KVM_RUN")
+    mapped = next(line for line in lines(recorded) if line.get("call") == "mmap")
+    assert mapped["in"]["length"] == 12288 and "result" not in mapped
+
+
 def test_exits_are_decoded(recorded: tuple[bytes, str]) -> None:
     exits = [line["exit"] for line in lines(recorded) if "exit" in line]
     assert {found["reason"] for found in exits} == {"IO"}
@@ -88,3 +159,18 @@ def test_no_payload(recorded: tuple[bytes, str]) -> None:
         assert part not in log
     secret = next(line for line in lines(recorded) if line.get("command") == "KVM_SEV_LAUNCH_SECRET")
     assert set(secret["in"]) == {"hdr_uaddr", "hdr_len", "guest_uaddr", "guest_len", "trans_uaddr", "trans_len"}
+
+
+def test_what_the_machines_own_kvm_answers_has_no_result(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    require(request.config, "kvm")
+    code = "import os; from kvmapi.kernel import KernelHost; from kvmapi.system import System; s = System(KernelHost())"
+    command = [sys.executable, "-m", "vmm.cli", "exec", "--verbose", "--fallthrough", "--record", str(tmp_path / "log"), "--"]
+    program = [sys.executable, "-c", f"{code}; s.create_vm(0).close(); s.create_vm(2).close()"]
+    done = subprocess.run([*command, *program], cwd=TREE, capture_output=True, text=True, timeout=60, check=True)
+    log = [json.loads(line) for line in (tmp_path / "log").read_bytes().splitlines()[1:-1]]
+    opened = next(line for line in log if line["call"] == "open")
+    assert opened["in"]["path"] == "/dev/kvm" and "result" not in opened and "made" not in opened
+    made = [line for line in log if line.get("ioctl") == "KVM_CREATE_VM"]
+    assert [("result" in line, line.get("made", {}).get("on")) for line in made] == [(False, None), (True, "vm")]
+    assert "makes VMs of type 0 (DEFAULT) on this machine's own KVM" in done.stderr
+    assert "makes a VM of type 2 (SEV), number 1" in done.stderr

@@ -38,7 +38,11 @@ def add(verb: Callable[..., argparse.ArgumentParser], verbs: Any, dialects: Sequ
     record = option("--record", metavar="FILE", help="write each call on these devices, decoded, as a line of JSON (docs/exec.md)")
     record.complete = {"bash": "_shtab_compgen_files", "zsh": "_files"}  # type: ignore[attr-defined]  # shtab's convention
     option("--record-limit", type=values.size, metavar="SIZE", help="stop recording at this size (default: 256M)")
-    option("--verbose", action="store_true", help="say on stderr how much the supervisor did, and what it could not do")
+    option(
+        "--verbose",
+        action="store_true",
+        help="say on stderr what the program opens, makes and asks for in vain, and how each KVM_RUN ended",
+    )
     words = option("words", nargs=argparse.REMAINDER, metavar="PROGRAM", help="the program, found as a shell finds it, and its arguments")
     words.complete = {"bash": "_sevmm_program", "zsh": "_sevmm_program"}  # type: ignore[attr-defined]
 

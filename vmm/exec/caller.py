@@ -131,7 +131,7 @@ def _image(tgid: int) -> bytes:
 class Call:
     """One system call of a traced program that waits for our answer: kvmapi.model.caller.Caller."""
 
-    __slots__ = ("_files", "_listener", "access", "close_on_exec", "id", "ip", "memory", "process", "thread")
+    __slots__ = ("_files", "_listener", "access", "close_on_exec", "id", "ip", "made", "memory", "process", "thread")
 
     def __init__(self, listener: Listener, files: FileTable, process: Process, identity: int, tid: int, ip: int) -> None:
         self._listener = listener
@@ -143,6 +143,7 @@ class Call:
         self.ip = ip
         self.close_on_exec = True  # as every fd of KVM is
         self.access: int | None = None  # how the program opens a device
+        self.made: File | None = None  # what the call gave the program an fd for
 
     def file(self, fd: int) -> File:
         """The model's file behind the program's `fd`, or a Foreign one."""
@@ -151,7 +152,9 @@ class Call:
 
     def install(self, file: File) -> int:
         """Give the program an fd for `file`."""
-        return self._files.install(self._listener, self, file)
+        fd = self._files.install(self._listener, self, file)
+        self.made = file
+        return fd
 
     def eventfd(self, fd: int) -> EventFd:
         """The program's eventfd."""

@@ -29,7 +29,7 @@ from vmm.exec.notify import Notification
 from vmm.exec.paths import Fields, Paths, pack_stat
 
 if TYPE_CHECKING:
-    from vmm.exec.record import CallRecord
+    from vmm.exec.log import Pending
     from vmm.exec.supervisor import Supervisor
 
 _REGIONS = (ioctls.KVM_SET_USER_MEMORY_REGION, ioctls.KVM_SET_USER_MEMORY_REGION2)
@@ -143,7 +143,7 @@ class Dispatcher:
             self._up.end(record, result, file)
         self._listener.answer(n.id, result)
 
-    def _region(self, n: Notification, file: VmFile, call: Call, record: CallRecord | None) -> None:
+    def _region(self, n: Notification, file: VmFile, call: Call, record: Pending | None) -> None:
         """A slot: what it shows of private memory becomes shared with us before the model hears of it."""
 
         def action() -> int:
@@ -176,21 +176,27 @@ class Dispatcher:
             self._answer(n, -errno.ENODEV)
             return
         call = self._call(n, process)
+        pending = self._up.begin(call, fallthrough, n)
         self._files.take_news()
         result = fallthrough.answer(call, n.a1 & _U32, n.a2)
+        if pending is not None:
+            self._up.end(pending, result, fallthrough)
         if result is None:
             self._proceed(n.id)
         else:
             self._answer(n, result)
 
     def _mmap(self, n: Notification) -> None:
-        _, entry = self._find(n, n.a4)
+        process, entry = self._find(n, n.a4)
         result = 0
         if entry is not None and not entry.is_vcpu:
             if not isinstance(entry.file, GuestMemfdFile) or not entry.file.mappable:
                 result = -errno.ENODEV
             elif not n.a3 & calls.MAP_SHARED:
                 result = -errno.EINVAL
+        if entry is not None and self._up.log is not None:
+            fields = {"length": n.a1, "prot": hex(n.a2), "flags": hex(n.a3), "offset": n.a5}
+            self._up.log.call(self._call(n, process), "mmap", fields, result or None, entry.file)
         if result:
             self._answer(n, result)
         else:
@@ -210,7 +216,7 @@ class Dispatcher:
         except OSError as failure:
             result = -(failure.errno or errno.EIO)
         call = self._call(n, process)
-        self._up.conclude(call, "fallocate", {"mode": n.a1 & _U32, "offset": offset, "length": length}, result)
+        self._up.conclude(call, "fallocate", {"mode": hex(n.a1 & _U32), "offset": offset, "length": length}, result, entry.file)
 
     def _guarded(self, n: Notification) -> None:
         """Reads, writes, fstat and truncation of an fd with a high number."""

@@ -42,6 +42,8 @@ def is_kvm(tgid: int, tid: int, fd: int) -> bool:
 class Fallthrough:
     """The machine's own KVM, beside the model. OSError: it cannot be opened."""
 
+    kind = "kvm"  # as the model's device
+
     def __init__(self, supervisor: Supervisor) -> None:
         self._platform = supervisor.platform
         self._host = KernelHost()

@@ -20,6 +20,7 @@ import errno
 import os
 import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,10 +58,13 @@ class Entry:
 
 
 class FileTable:
-    """All of them. `first_guarded`: from this number on the filter asks us about reads, writes and fstat."""
+    """All of them. `first_guarded`: from this number on the filter asks us about reads, writes and fstat. `released`: hears of each
+    file that nobody has any more.
+    """
 
-    def __init__(self, first_guarded: int, memlock: bool = False) -> None:
+    def __init__(self, first_guarded: int, memlock: bool = False, released: Callable[[File], None] | None = None) -> None:
         self.memlock = memlock
+        self._released = released
         self._first_guarded = first_guarded
         self._entries: dict[Key, Entry] = {}
         self._watches: dict[int, Key] = {}
@@ -170,6 +174,8 @@ class FileTable:
         if key is not None:
             _libc.inotify_rm_watch(self.news, watch)
         if entry is not None:
+            if self._released is not None:
+                self._released(entry.file)
             with contextlib.suppress(OSError):  # the rest must go, too
                 entry.file.fd_closed()
 
@@ -190,6 +196,8 @@ class FileTable:
             entries, self._entries = list(self._entries.values()), {}
             self._watches.clear()
         for entry in entries:
+            if self._released is not None:
+                self._released(entry.file)
             entry.file.fd_closed()
         os.close(self.news)
 

@@ -183,6 +183,15 @@ def kill_descendants() -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def ending(status: int) -> str:
+    """A wait status in words."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        known = number in signal.Signals.__members__.values()
+        return f"was killed by {signal.Signals(number).name if known else f'signal {number}'}"
+    return f"ended with status {os.waitstatus_to_exitcode(status)}"
+
+
 def end_as(status: int) -> int:
     """The exit status that equals a wait status; a death by signal is repeated, without a second core file."""
     if os.WIFSIGNALED(status):

@@ -87,7 +87,7 @@ class Names:
                 self._answer(n, -errno.ENXIO)  # what the kernel says of a file that nobody opened by name
                 return
             name = "/dev/kvm" if isinstance(link.file, KvmDevice) else "/dev/sev"
-        if name is None or (self._up.fallthrough is not None and self._up.fallthrough.opens(name)):
+        if name is None:
             self._proceed(n.id)
             return
         if n.nr == calls.OPENAT2:
@@ -96,11 +96,16 @@ class Names:
             flags = n.a1 if n.nr == calls.OPEN else n.a2
         call = Call(self._listener, self._files, self._up.processes.sure(n.tid), n.id, n.tid, n.ip)
         call.close_on_exec, call.access = bool(flags & os.O_CLOEXEC), flags & (os.O_ACCMODE | os.O_NONBLOCK)
+        if self._up.fallthrough is not None and self._up.fallthrough.opens(name):
+            if self._up.log is not None:
+                self._up.log.call(call, "open", {"path": name, "flags": hex(flags)}, None)
+            self._proceed(n.id)
+            return
         result = self._opened(name, flags, call)
         if result is None:
             self._proceed(n.id)
         else:
-            self._up.conclude(call, "open", {"path": name, "flags": flags}, result)
+            self._up.conclude(call, "open", {"path": name, "flags": hex(flags)}, result)
 
     def _opened(self, name: str, flags: int, call: Call) -> int | None:
         """The result of opening a name of ours; None: it is the kernel's to answer."""

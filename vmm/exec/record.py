@@ -1,10 +1,13 @@
 """`--record FILE`: every call on /dev/kvm, /dev/sev and the fds that come from them, decoded, as JSON lines.
 
-The first line is a header; then one line per call, in the order in which calls *ended*; the last line says how it ended:
+The first line is a header; then one line per call, in the order in which calls *ended*; the last line says how it ended. A call
+that the kernel carries out after we have looked at it (mmap of a vCPU) has no result. A file has a number from its open or
+making on; the line `release` says that its last fd and mapping are gone, and names no process, because nobody knows whose.
 
     {"sevmm": "0.1.0", "record": 1, "started": …, "kernel": …, "argv": […], "platform": {…}, "dialect": "mainline", …}
     {"t": 0.0123, "pid": 77, "tid": 77, "comm": "vmm", "call": "ioctl", "on": "vm", "file": 2,
      "ioctl": "KVM_SET_USER_MEMORY_REGION", "in": {"slot": 0, …}, "result": 0, "us": 812.5}
+    {"t": 0.9, "call": "release", "on": "vm", "file": 2}
     {"end": "complete", "calls": 2041, "dropped": 0}
 
 Invariants: no line holds guest memory, secrets, keys or what a pointer to payload points at (decode.py); the file never
@@ -30,7 +33,7 @@ from weakref import WeakKeyDictionary
 
 from kvmapi.exits import Mapping as RunMapping
 from kvmapi.words import errno_words
-from vmm.exec.decode import Call, Decoder, exit_fields
+from vmm.exec.decode import Call, Decoder, exit_fields, run_fields
 from vmm.exec.options import CannotRecord, ExecOptions
 
 LEAST_LIMIT = 8192
@@ -38,7 +41,6 @@ _RESERVE = 1024  # for the last two lines
 _FULL_BUFFER = 64 << 10
 _LONGEST_LINE = 64 << 10
 _FLUSH_AFTER = 0.25  # seconds
-_KINDS = {"kvm": "system", "kvm-vm": "vm", "kvm-vcpu": "vcpu"}  # the model's files, as the ioctl table calls them
 
 
 class Memory(Protocol):
@@ -50,9 +52,9 @@ class Memory(Protocol):
 
 @dataclass(slots=True)
 class CallRecord:
-    """One call. `on` is the kind of file (rows.On, or the model's word for it), `file` its number, from 1: the same for all
-    fds of one file. `fields` are arguments by name; for an ioctl `Recorder.ioctl` fills in what is decoded. `result`: as the system
-    call's, or -errno.
+    """One call. `pid` 0: nobody knows whose. `on` is the kind of file (rows.On, or the model's word for it), `file` its number, from
+    1: the same for all fds of one file; `made` is (kind, number) of the file that the call made. `fields` are arguments by name; for an
+    ioctl `Recorder.ioctl` fills in what is decoded. `result`: as the system call's, or -errno; None where only the kernel knows it.
     """
 
     pid: int
@@ -61,7 +63,8 @@ class CallRecord:
     on: str = ""
     file: int = 0
     fields: Mapping[str, Any] = field(default_factory=dict)
-    result: int = 0
+    result: int | None = 0
+    made: tuple[str, int] | None = None
     began: float = field(default_factory=time.perf_counter)
     argument: int = 0
     memory: Memory | None = None
@@ -93,19 +96,28 @@ class Recorder:
             header = json.dumps(_header(options, self._limit, arguments=False)).encode()
         self._put(header)
 
-    def ioctl(self, pid: int, tid: int, on: str, file: object, request: int, argument: int, memory: Memory) -> CallRecord:
-        """An ioctl on `file` of the model begins: decode what it passes. Give the record to `end` with the result."""
-        on = _KINDS.get(on, on)
+    def number(self, file: object) -> int:
+        """The number of a file of the model, given now if it has none."""
         with self._changed:
             number = self._numbers.setdefault(file, self._files + 1)
             self._files = max(self._files, number)
-        entry = CallRecord(pid, tid, "ioctl", on, number, argument=argument, memory=memory)
+            return number
+
+    def ioctl(
+        self, pid: int, tid: int, on: str, file: object, request: int, argument: int, memory: Memory, run: RunMapping | None = None
+    ) -> CallRecord:
+        """An ioctl on `file` of the model begins: decode what it passes. `run`: the kvm_run of a vCPU. Give the record to `end` with
+        the result.
+        """
+        entry = CallRecord(pid, tid, "ioctl", on, self.number(file), argument=argument, memory=memory)
         entry.decoded = self._decoder.before(on, request, argument, memory.read)
+        if run is not None and entry.decoded.name == "KVM_RUN":
+            entry.decoded.fields.update(run_fields(run))
         return entry
 
-    def end(self, entry: CallRecord, result: int, run: RunMapping | None = None) -> None:
-        """The call is about to be answered with `result`; `run`: the vCPU's kvm_run, if it was KVM_RUN."""
-        took = time.perf_counter() - entry.began
+    def end(self, entry: CallRecord, result: int | None, run: RunMapping | None = None) -> None:
+        """The call is about to be answered with `result` (None: by the kernel); `run`: the vCPU's kvm_run, if it was KVM_RUN."""
+        took = None if result is None else time.perf_counter() - entry.began
         entry.result = result
         line = self._line(entry)
         call = entry.decoded
@@ -115,15 +127,15 @@ class Recorder:
                 line["command"] = call.command
             if call.fields:
                 line["in"] = call.fields
-            if out := self._decoder.after(call, entry.argument, result, entry.memory.read):
+            if result is not None and (out := self._decoder.after(call, entry.argument, result, entry.memory.read)):
                 line["out"] = out
-            if run is not None and call.name == "KVM_RUN":
+            if result is not None and run is not None and call.name == "KVM_RUN":
                 line["exit"] = exit_fields(run, result)
-        self._take(line, result, took)
+        self._take(line, entry, took)
 
     def call(self, entry: CallRecord) -> None:
-        """A call that is no ioctl (open, fallocate) has ended; `entry.result` is set. How long it took is not recorded."""
-        self._take(self._line(entry), entry.result, None)
+        """A call that is no ioctl (open, mmap, fallocate) has ended; `entry.result` is set. How long it took is not recorded."""
+        self._take(self._line(entry), entry, None)
 
     def close(self) -> str:
         """Write what is left and the last line. Why the recording is not complete, or ""."""
@@ -145,7 +157,9 @@ class Recorder:
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _line(self, entry: CallRecord) -> dict[str, Any]:
-        line: dict[str, Any] = {"t": round(entry.began - self._start, 6), "pid": entry.pid, "tid": entry.tid, "comm": _comm(entry.tid)}
+        line: dict[str, Any] = {"t": round(entry.began - self._start, 6)}
+        if entry.pid:
+            line.update(pid=entry.pid, tid=entry.tid, comm=comm(entry.tid))
         line["call"] = entry.call
         if entry.on:
             line["on"] = entry.on
@@ -155,10 +169,13 @@ class Recorder:
             line["in"] = dict(entry.fields)
         return line
 
-    def _take(self, line: dict[str, Any], result: int, took: float | None) -> None:
-        line["result"] = result
-        if result < 0:
-            line["error"] = errno_words(-result)
+    def _take(self, line: dict[str, Any], entry: CallRecord, took: float | None) -> None:
+        if entry.made is not None:
+            line["made"] = {"on": entry.made[0], "file": entry.made[1]}
+        if entry.result is not None:
+            line["result"] = entry.result
+        if entry.result is not None and entry.result < 0:
+            line["error"] = errno_words(-entry.result)
         if took is not None:
             line["us"] = round(took * 1e6, 1)
         text = json.dumps(line, default=repr).encode()
@@ -205,7 +222,7 @@ class Recorder:
                     self._flush()
 
 
-def _comm(tid: int) -> str:
+def comm(tid: int) -> str:
     """The thread's name now; a program may choose it, so it is escaped by JSON and nothing else believes it."""
     try:
         with open(f"/proc/{tid}/comm", "rb", buffering=0) as file:

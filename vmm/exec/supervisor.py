@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from kvmapi.model.caller import ProcessMemory
 from kvmapi.model.files import File
 from kvmapi.model.signals import WATCHER
-from kvmapi.model.vcpu import VcpuFile
 from vmm.exec import filter as calls
 from vmm.exec import launch
 from vmm.exec.caller import Call, Process
@@ -38,7 +37,7 @@ from vmm.exec.tracing.tracer import Tracer
 
 if TYPE_CHECKING:
     from vmm.exec.fallthrough import Fallthrough
-    from vmm.exec.record import CallRecord, Recorder
+    from vmm.exec.log import Log, Pending
 
 _GUARDED_PART = 4  # the last quarter of the fd table is where guarded fds stand
 _LARGEST_TABLE = 4096
@@ -96,15 +95,15 @@ class Supervisor:
             raise CannotExec(f"files in memory (memfd_create) cannot be made here: {os.strerror(number).lower()}; allow it: {CONTAINERS}")
         self._said: set[str] = set()
         self.platform = options.platform()
-        self._recorder: Recorder | None = None
-        if options.record is not None:
-            from vmm.exec.record import Recorder
+        self.log: Log | None = None
+        if options.record is not None or options.verbose:
+            from vmm.exec.log import Log
 
-            self._recorder = Recorder(options.record, options)
+            self.log = Log(options, self.say)
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         table = min(soft, _LARGEST_TABLE)
         high = table - table // _GUARDED_PART
-        self.files = FileTable(high, self.platform.memlock)
+        self.files = FileTable(high, self.platform.memlock, self.log.released if self.log is not None else None)
         self.fallthrough = self._kernel() if options.fallthrough else None
         self.fresh: set[int] = set()  # threads whose new program image has not asked anything yet
         self._local = _Local()
@@ -146,12 +145,12 @@ class Supervisor:
         self.files.close()
         if self.fallthrough is not None:
             self.fallthrough.close()
-        if self._recorder is not None:
-            words = self._recorder.close()
-            if words:
-                self.say(words)
+        for words in self.log.close() if self.log is not None else ():
+            self.say(words)
         if self.options.verbose:
             self.say(f"{self.pool.answered} system calls were looked at; memory became guest RAM {self._conversions} times")
+            if failure is None:
+                self.say(f"{self.child.name} {launch.ending(status)}")
         if failure is not None:
             return self._not_started(failure)
         return launch.end_as(status)
@@ -210,31 +209,25 @@ class Supervisor:
                 " which is slower, and a running guest and the program do not see each other's writes"
             )
 
-    # ---- the recording
+    # ---- who wants to hear of calls
     @property
     def records(self) -> bool:
-        """Is there one?"""
-        return self._recorder is not None
+        """Does anybody?"""
+        return self.log is not None
 
-    def begin(self, call: Call, file: File, notification: Notification) -> CallRecord | None:
-        """An ioctl begins; None when nothing is recorded."""
-        if self._recorder is None:
-            return None
-        tgid = call.process.tgid
-        return self._recorder.ioctl(tgid, call.thread, file.kind, file, notification.a1, notification.a2, call.memory)
+    def begin(self, call: Call, file: File | Fallthrough, notification: Notification) -> Pending | None:
+        """An ioctl begins; None when nobody wants to hear of it."""
+        return None if self.log is None else self.log.begin(call, file, notification.a1, notification.a2)
 
-    def end(self, record: CallRecord, result: int, file: File) -> None:
-        """It is about to be answered."""
-        if self._recorder is not None:
-            run = file.page.memory if isinstance(file, VcpuFile) and not file.dead else None
-            self._recorder.end(record, result, run)
+    def end(self, pending: Pending, result: int | None, file: File | Fallthrough) -> None:
+        """It is about to be answered; None: by the kernel."""
+        if self.log is not None:
+            self.log.end(pending, result, file)
 
-    def conclude(self, call: Call, name: str, fields: dict[str, Any], result: int) -> None:
-        """Record and answer a call that is no ioctl."""
-        if self._recorder is not None:
-            from vmm.exec.record import CallRecord
-
-            self._recorder.call(CallRecord(call.process.tgid, call.thread, name, fields=fields, result=result))
+    def conclude(self, call: Call, name: str, fields: dict[str, Any], result: int, file: File | None = None) -> None:
+        """Tell of and answer a call that is no ioctl."""
+        if self.log is not None:
+            self.log.call(call, name, fields, result, file)
         self.listener.answer(call.id, result)
 
     # ---- what the user hears
