@@ -90,6 +90,11 @@ class Facts:
             raise Failure(f'{test} = "{line}": write "skip: why" or "fail: why"')
         return verdict, why
 
+    @property
+    def tests(self) -> list[str]:
+        """The names that it knows, sorted."""
+        return sorted(self._lab)
+
     def judge(self, outcome: Outcome) -> Judged:
         """`outcome` beside what is known of its test."""
         known = outcome.test in self._lab

@@ -16,17 +16,33 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from lablib import selftests, source
-from lablib.exec_expect import Facts, Judged, Outcome
+from lablib.exec_expect import FACTS, Facts, Judged, Outcome
 from lablib.exec_run import HostCannot, Stopped, run_one
 from lablib.words import Failure
 
 TREE = Path(__file__).resolve().parents[2]
-UNSUPPORTED, NOT_READY, INTERRUPTED = 4, 69, 130
+USAGE, UNSUPPORTED, NOT_READY, INTERRUPTED = 2, 4, 69, 130
 LIMIT = 240.0
 """Seconds per test; as in the lab, where the slowest that passes takes 160."""
 
+_EXAMPLES = """\
+examples:
+  scripts/selftests-exec --named                   those that must pass
+  scripts/selftests-exec 'sev_*' -j 1 --limit 60   some, one at a time, a minute for each
+  scripts/selftests-exec --list                    names only
+  scripts/selftests-exec --json > results.json     {"totals": {...}, "tests": [{"test", "verdict", "expected", "lab", "ok", ...}]}
+
+marks: * must pass, + better than known, ! worse than known. Each line comes when its test has ended, long tests first; with --json
+they are on stderr, or a bar where that is a terminal.
+
+Nothing on this machine is changed but the lab's cache, where the tests are built when they are not there (the newest linux-source
+that apt offers: a download of 160 MB, and minutes): tests that want huge pages or module parameters skip, or fail with a known reason.
+
+exit status: 0 every test did what is known of it, or better; 1 one did worse; 2 usage, a pattern that matches no test among them;
+4 sevmm exec cannot run here; 69 the tests cannot be built; 130 interrupted"""
 _START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from vmm.cli import main; sys.exit(main())"
 _WIDTH = 42
 
@@ -36,8 +52,10 @@ def main(arguments: Sequence[str], prefix: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options = _parser().parse_args(arguments)
     try:
+        path = options.facts or FACTS
+        _refuse_unknown(options, Facts(path))
         folder, kept = _binaries(options)
-        facts = Facts(options.facts, kept) if options.facts else Facts(kept=kept)
+        facts = Facts(path, kept)
         names = _choose(options, folder, facts)
         if options.list:
             print("\n".join(names))
@@ -47,6 +65,9 @@ def main(arguments: Sequence[str], prefix: Sequence[str] | None = None) -> int:
     except HostCannot as words:
         say(f"sevmm exec cannot run here: {words}")
         return UNSUPPORTED
+    except selftests.NoMatch as words:
+        say(str(words))
+        return USAGE
     except Failure as failure:
         say(str(failure))
         return NOT_READY
@@ -64,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="selftests-exec",
         description="The kernel's own KVM selftests, unmodified, under `sevmm exec`, beside how real kvm_amd did in the lab.",
-        epilog="Nothing on this machine is changed: tests that want huge pages or module parameters skip, or fail with a known reason.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -105,6 +127,20 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _refuse_unknown(options: argparse.Namespace, facts: Facts) -> None:
+    """Patterns that match none of the tests that the facts know are mistakes, and better known before minutes of building than after
+    them. Where the tests are built, their own names decide.
+    """
+    kept = source.resolve_step().result()
+    if options.binaries is not None or (kept is not None and selftests.selftests_step(kept).result() is not None):
+        return
+    try:
+        selftests.choose(facts.tests, options.patterns)
+    except selftests.NoMatch as words:
+        more = f"(nothing is built yet; --list builds the tests, and names those that {FACTS.name} does not know, too)"
+        raise selftests.NoMatch(f"{words} {more}") from None
+
+
 def _binaries(options: argparse.Namespace) -> tuple[Path, dict[str, str]]:
     """The folder with the tests, and what the lab's cache says of them."""
     if options.binaries is not None:
@@ -134,8 +170,9 @@ def _run(command: Sequence[str], folder: Path, names: Sequence[str], facts: Fact
     order = sorted(names, key=lambda name: -facts.seconds(name))
     stop = threading.Event()
     found: dict[str, Judged] = {}
-    if not options.json:
-        print(f"{'test':<{_WIDTH}} {'sevmm exec':<14} {'lab':<14} remarks", flush=True)
+    table = _table(options.json)
+    if table is not None:
+        print(f"{'test':<{_WIDTH}} {'sevmm exec':<14} {'lab':<14} remarks", file=table, flush=True)
     with _progress(len(order), not options.json) as tick, ThreadPoolExecutor(options.jobs) as pool:
         began = {}
 
@@ -150,8 +187,8 @@ def _run(command: Sequence[str], folder: Path, names: Sequence[str], facts: Fact
             for done in as_completed(waiting):
                 judged = facts.judge(done.result())
                 found[judged.outcome.test] = judged
-                if not options.json:
-                    print(_line(judged), flush=True)
+                if table is not None:
+                    print(_line(judged), file=table, flush=True)
                 running = [name for name in began if name not in found]
                 tick(judged, running)
         except BaseException:
@@ -159,6 +196,13 @@ def _run(command: Sequence[str], folder: Path, names: Sequence[str], facts: Fact
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return [found[name] for name in names]
+
+
+def _table(as_json: bool) -> TextIO | None:
+    """Where the lines of the table go: with --json to stderr, and nowhere where the bar is."""
+    if not as_json:
+        return sys.stdout
+    return None if sys.stderr.isatty() else sys.stderr
 
 
 def _line(judged: Judged) -> str:

@@ -9,6 +9,7 @@ do not count as failures.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import functools
 import json
@@ -42,6 +43,10 @@ LIMITS = {
     "x86/msrs_test": "TCG's SYSENTER MSRs are 64 bits wide",
     "x86/svm_nested_soft_inject_test": "TCG has no NRIPS",
 }
+
+
+class NoMatch(Failure):
+    """A pattern that no test's name matches."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def programs(folder: Path) -> list[str]:
 
 
 def choose(names: list[str], patterns: list[str]) -> list[str]:
-    """Those that match one of the patterns, with or without their folder; all without patterns. `Failure`: a pattern without a match.
+    """Those that match one of the patterns, with or without their folder; all without patterns. NoMatch where one matches nothing.
 
     >>> choose(["vm_types_test", "x86/smm_test"], ["smm*"])
     ['x86/smm_test']
@@ -128,7 +133,8 @@ def choose(names: list[str], patterns: list[str]) -> list[str]:
     for pattern in patterns:
         matches = {name for name in names if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name.rpartition("/")[2], pattern)}
         if not matches:
-            raise Failure(f"no selftest matches {pattern}; --list has the names")
+            like = difflib.get_close_matches(pattern, {part for name in names for part in (name, name.rpartition("/")[2])}, n=3, cutoff=0.7)
+            raise NoMatch(f"no selftest matches {pattern}; " + (f"did you mean {' or '.join(like)}?" if like else "--list has the names"))
         chosen |= matches
     return [name for name in names if name in chosen]
 

@@ -143,8 +143,40 @@ def test_named_only(played: Played, capsys: pytest.CaptureFixture[str]) -> None:
 def test_patterns(played: Played, capsys: pytest.CaptureFixture[str]) -> None:
     assert played.run("mu*", "limited", "--list") == 0
     assert capsys.readouterr().out.split() == ["limited", "x86/must"]
-    assert played.run("nothing*") == 69
+    assert played.run("nothing*") == 2
     assert "--list has the names" in capsys.readouterr().err
+    assert played.run("limeted") == 2
+    assert "did you mean limited?" in capsys.readouterr().err
+
+
+def test_pattern_without_a_match_is_told_before_anything_is_built(
+    played: Played, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lablib import selftests, source
+    from lablib.words import Failure
+
+    def building(*_: object) -> None:
+        raise Failure("building")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(selftests, "build", building)
+    monkeypatch.setattr(source, "resolve", lambda: {"package": "p", "version": "1"})
+    played.base = played.base[:2]
+    assert played.run("nothing*") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "no selftest matches nothing*" in err and "nothing is built yet" in err
+    assert not (tmp_path / "cache").exists()
+    assert played.run("mus*") == 69
+    assert capsys.readouterr().err == "selftests-exec: building\n"
+
+
+def test_with_json_each_test_is_told_on_stderr(played: Played, capsys: pytest.CaptureFixture[str]) -> None:
+    assert played.run("--json", "good", "limited") == 0
+    out, err = capsys.readouterr()
+    assert {row["test"] for row in json.loads(out)["tests"]} == {"good", "limited"}
+    header, *told = err.splitlines()
+    assert header.split()[0] == "test"
+    assert sorted(line.split()[:2] for line in told) == [["*", "good"], ["limited", "fail"]]
 
 
 def test_platform_is_refused_before_anything_runs(played: Played, capsys: pytest.CaptureFixture[str]) -> None:
