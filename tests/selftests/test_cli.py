@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,7 +17,10 @@ import pytest
 
 from tests.conftest import PATIENCE
 from vmm.cli import main
-from vmm.selftests import collect
+from vmm.selftests import collect, runner
+from vmm.selftests.collect import Item
+from vmm.selftests.execute import Result
+from vmm.selftests.subtests import PASS
 
 SAMPLES, BROKEN = "tests.selftests.samples", "tests.selftests.broken"
 Run = Callable[..., tuple[int, str, str]]
@@ -147,6 +150,36 @@ def test_ctrl_c_ends_everything(tree: Path) -> None:
     while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in workers):
         time.sleep(0.01)
     assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []
+
+
+@pytest.fixture
+def interrupted_after_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes when two tests have ended."""
+
+    def two(items: Sequence[Item], *_: object) -> Iterator[Result]:
+        for item in items[:2]:
+            yield Result.of(item, PASS)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", two)
+
+
+@pytest.mark.usefixtures("interrupted_after_two")
+def test_ctrl_c_shows_what_had_ended(run: Run, tmp_path: Path) -> None:
+    code, out, err = run("good", "--junit", str(tmp_path / "out.xml"), *MODEL)
+    assert code == 130
+    assert any(line.split() == ["types", "ok", "ok"] for line in out.splitlines())
+    assert out.splitlines()[-1].startswith("2 pass, 0 fail, 0 skip; ")
+    assert err == "sevmm: interrupted: 2 of 4 tests had ended\n"
+    assert ElementTree.parse(tmp_path / "out.xml").getroot().get("tests") == "2"
+
+
+@pytest.mark.usefixtures("interrupted_after_two")
+def test_ctrl_c_leaves_json_whole(run: Run) -> None:
+    code, out, err = run("good", "--json", *MODEL)
+    data = json.loads(out)
+    assert (code, data["interrupted"], data["totals"]["pass"]) == (130, True, 2)
+    assert "interrupted" in err
 
 
 def _wait_for_children(pid: int) -> list[str]:

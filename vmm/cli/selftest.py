@@ -1,6 +1,7 @@
 """`sevmm selftest`: run the selftests and report, for people or for programs.
 
 stdout carries the answer: a table and what failed, or KTAP, or one JSON object; the progress bar is on stderr, and only on a terminal.
+Ctrl-C ends the run, not the answer: it has what was known by then, and says so.
 Exit status: 0 all that could run passed, 1 something failed, 4 nothing could run here (as kselftest's skip), 2 usage, 130 Ctrl-C.
 """
 
@@ -14,18 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from vmm.cli import status
+from vmm.cli import selftest_table, status
+from vmm.cli.selftest_table import COLOURS
 from vmm.cli.style import Style, is_terminal
 from vmm.selftests import collect, ktap, report, runner
 from vmm.selftests.execute import Result
-from vmm.selftests.subtests import FAIL, PASS, SKIP
+from vmm.selftests.subtests import FAIL, SKIP
 
 if TYPE_CHECKING:
     from vmm.selftests.collect import Item
 
 FAILED = 1
-_COLOURS = {PASS: "green", FAIL: "red", SKIP: "yellow"}
-_WORDS = {PASS: "ok", FAIL: "FAIL", SKIP: "skip"}
 
 
 class UsageError(Exception):
@@ -46,15 +46,19 @@ def run(options: argparse.Namespace) -> int:
         _list(items, options.json)
         return status.OK
     began = time.perf_counter()
-    results = _run(items, broken, options)
+    results, interrupted = _run(items, broken, options)
     elapsed = time.perf_counter() - began
     if options.junit is not None:
         with open(options.junit, "wb") as file:
             file.write(report.to_junit(results, elapsed))
     if options.json:
-        print(json.dumps(report.to_json(results, options.on, elapsed), indent=2))
+        print(json.dumps(report.to_json(results, options.on, elapsed, interrupted), indent=2))
     elif not options.ktap:
         _show(results, elapsed)
+    if interrupted:
+        sys.stdout.flush()
+        print(f"sevmm: interrupted: {len(results)} of {len(broken) + len(items)} tests had ended", file=sys.stderr)
+        return status.INTERRUPTED
     return {FAIL: FAILED, SKIP: status.UNSUPPORTED}.get(ktap.overall(results), status.OK)
 
 
@@ -104,11 +108,14 @@ def _list(items: Sequence[Item], as_json: bool) -> None:
         print(f"{f'{suite}.{name}':<{width}}  [{', '.join(item.case for item in found)}]  {found[0].text}".rstrip())
 
 
-def _run(items: Sequence[Item], broken: Sequence[Result], options: argparse.Namespace) -> list[Result]:
-    """Run everything; the results in the plan's order. With --ktap suites are printed as they become complete."""
+def _run(items: Sequence[Item], broken: Sequence[Result], options: argparse.Namespace) -> tuple[list[Result], bool]:
+    """Run everything; the results in the plan's order, and whether Ctrl-C ended it. With --ktap suites are printed as they become
+    complete.
+    """
     plan = {item.id: at for at, item in enumerate(items)}
     found: dict[int, Result] = {}
     printer = _Ktap(items, broken) if options.ktap else None
+    interrupted = False
     timeout = (options.timeout or 0.0) if hasattr(options, "timeout") else None  # None is what --timeout 0 became
     try:
         with _progress(len(items), shares_terminal=options.ktap and is_terminal(sys.stdout)) as tick:
@@ -118,12 +125,12 @@ def _run(items: Sequence[Item], broken: Sequence[Result], options: argparse.Name
                     printer.add(result)
                 tick(result)
     except KeyboardInterrupt:
-        if printer is not None:
-            print("Bail out! interrupted")
-        raise
-    if printer is not None:
+        interrupted = True
+    if printer is not None and interrupted:
+        print("Bail out! interrupted", flush=True)
+    elif printer is not None:
         printer.finish()
-    return [*broken, *(found[at] for at in sorted(found))]
+    return [*broken, *(found[at] for at in sorted(found))], interrupted
 
 
 def _case(result: Result) -> str:
@@ -198,7 +205,7 @@ def _progress(total: int, shares_terminal: bool) -> Iterator[Callable[[Result], 
 def _show(results: Sequence[Result], elapsed: float) -> None:
     """The table, what failed, why what was skipped was skipped, and the totals."""
     style = Style(sys.stdout)
-    for line in _table(results, style):
+    for line in selftest_table.lines(results, selftest_table.room(sys.stdout), style.paint):
         print(line)
     for result in results:
         if result.result == FAIL:
@@ -211,7 +218,7 @@ def _show(results: Sequence[Result], elapsed: float) -> None:
     for number, (name, note) in enumerate(noted):
         print("\n" * (number == 0) + f"{style.paint('note', 'dim')} {name}: {ktap.printable(note)}")
     total = report.counts(results)
-    words = ", ".join(f"{style.paint(f'{count} {kind}', _COLOURS[kind]) if count else f'0 {kind}'}" for kind, count in total.items())
+    words = ", ".join(f"{style.paint(f'{count} {kind}', COLOURS[kind]) if count else f'0 {kind}'}" for kind, count in total.items())
     subtests = sum(len(result.parts) for result in results)
     print(f"\n{words}; {subtests} subtests; {elapsed:.1f} s")
 
@@ -228,26 +235,3 @@ def _show_skips(results: Sequence[Result], style: Style) -> None:
     for reason, names in reasons.items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         print(f"\n{style.paint('skip', 'yellow')} {', '.join(names[:3])}{more}\n    {ktap.printable(' '.join(reason.split()))}")
-
-
-def _table(results: Sequence[Result], style: Style) -> Iterator[str]:
-    """Suites and tests down, rung and case across."""
-    heads = report.columns(results)
-    rows = list(report.rows(results))
-    first = max((len(f"  {test}") for _, test, _ in rows), default=0)
-    first = max(first, *(len(suite) for suite, _, _ in rows)) if rows else first
-    widths = [max(len(rung or "-"), len(case), 4) for rung, case in heads]
-    for part in range(2):
-        cells = "  ".join(f"{(head[part] or '-'):<{width}}" for head, width in zip(heads, widths))
-        yield style.paint(f"{'':<{first}}  {cells}".rstrip(), "dim")
-    suite_before = ""
-    for suite, test, found in rows:
-        if suite != suite_before:
-            yield style.paint(suite, "bold")
-            suite_before = suite
-        words = []
-        for head, width in zip(heads, widths):
-            result = found.get(head)
-            word = f"{_WORDS[result.result] if result else '':<{width}}"
-            words.append(style.paint(word, _COLOURS[result.result]) if result else word)
-        yield f"  {test:<{first - 2}}  {'  '.join(words)}".rstrip()

@@ -21,8 +21,9 @@ def counts(results: Sequence[Result]) -> dict[str, int]:
     return {PASS: found[PASS], FAIL: found[FAIL], SKIP: found[SKIP]}
 
 
-def to_json(results: Sequence[Result], on: str, elapsed_s: float) -> dict[str, Any]:
-    """The object of `sevmm selftest --json`: version, on, elapsed_s, totals {pass, fail, skip}, tests.
+def to_json(results: Sequence[Result], on: str, elapsed_s: float, interrupted: bool = False) -> dict[str, Any]:
+    """The object of `sevmm selftest --json`: version, on, elapsed_s, interrupted (by Ctrl-C: tests are missing), totals {pass, fail,
+    skip}, tests.
 
     A test has suite, test, type, dialect, rung ("" where it ran nowhere), rung_reason, result, text, elapsed_s, timed_out, notes (a list of
     strings), and subtests, a list of {name, result, text}.
@@ -31,6 +32,7 @@ def to_json(results: Sequence[Result], on: str, elapsed_s: float) -> dict[str, A
         "version": VERSION,
         "on": on,
         "elapsed_s": round(elapsed_s, 3),
+        "interrupted": interrupted,
         "totals": counts(results),
         "tests": [result.to_json() for result in results],
     }
