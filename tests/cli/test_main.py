@@ -1,5 +1,6 @@
 """The outermost edge: usage errors are one line and status 2, an unexpected error is one line and 70, and no traceback is shown."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -131,6 +132,17 @@ def test_parser_knows_the_types_and_rungs_of_the_vmm() -> None:
 
     assert set(parser.TYPES) == set(rungs.TYPES)
     assert set(parser.RUNGS) == set(rungs.RUNGS)
+
+
+def test_what_run_and_measure_share_is_the_same_option() -> None:
+    def options(verb: str) -> dict[str, tuple[object, ...]]:
+        verbs = next(action for action in parser.build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+        found = verbs.choices[verb]._actions
+        return {action.dest: (action.option_strings, action.default, action.type, action.metavar, action.help) for action in found}
+
+    run, measure = options("run"), options("measure")
+    for name in ("memory", "vcpus", "policy", "arguments"):
+        assert run[name] == measure[name]
 
 
 def test_importing_the_command_line_is_cheap(tree: Path) -> None:

@@ -148,23 +148,40 @@ def _add_run(verbs: Any) -> None:
         return run_verb.run(options)
 
     parser = _verb(verbs, "run", run, "run one guest to its end and say what happened", _RUN_EXAMPLES)
-    guest = parser.add_argument("guest", metavar="GUEST", help="a bundled guest (see sevmm guests) or a path: ELF64, Multiboot, bzImage")
-    guest.complete = GUEST_COMPLETION  # type: ignore[attr-defined]  # shtab's convention
+    _add_guest(parser, "ELF64, Multiboot, bzImage")
     add = parser.add_argument
     add("--type", choices=TYPES, help="VM type (default: the first one of the guest; plain for a path)")
-    add("--on", choices=RUNGS, default="auto", help="which side of the seam answers (default: auto, the kernel when it can)")
+    _add_on(parser)
     add("--dialect", type=_dialect, default="mainline", metavar="D", help="whose ioctl numbers: mainline (others: sevmm selftest)")
+    _add_launch(parser)
+    add("--timeout", type=values.timeout, default=60.0, metavar="S", help="seconds until the guest is stopped (default: 60; 0: no limit)")
+    add("--secret", metavar="FILE", help="what a SEV guest's owner gives it after a right measurement (- for stdin)")
+    add("--save-launch", metavar="FILE", help="write what the launch measured, for sevmm measure --verify (no keys in it)")
+    add("--json", action="store_true", help="one JSON object on stdout instead of the guest's console and the summary")
+
+
+def _add_on(parser: Parser) -> None:
+    parser.add_argument(
+        "--on", choices=RUNGS, default="auto", help="which side of the seam answers (default: auto, the kernel when it can)"
+    )
+
+
+def _add_guest(parser: Parser, files: str) -> None:
+    """The guest of `run` and `measure`; `files`: what a path may lead to."""
+    guest = parser.add_argument("guest", metavar="GUEST", help=f"a bundled guest (see sevmm guests) or a path: {files}")
+    guest.complete = GUEST_COMPLETION  # type: ignore[attr-defined]  # shtab's convention
+
+
+def _add_launch(parser: Parser) -> None:
+    """What `run` and `measure` are told of a launch in the same words, so that the one's options are the other's."""
+    add = parser.add_argument
     add("--memory", type=values.size, default=64 << 20, metavar="SIZE", help="guest memory, for example 64M or 1G (default: 64M)")
     add("--vcpus", type=values.vcpus, default=1, metavar="N", help="number of vCPUs, 1 to 64 (default: 1)")
-    add("--policy", type=values.policy, metavar="HEX", help="SEV policy (default: no debugging, no key sharing)")
-    add("--timeout", type=values.timeout, default=60.0, metavar="S", help="seconds until the guest is stopped (default: 60; 0: no limit)")
+    add("--policy", type=values.policy, metavar="HEX", help="SEV policy (default: no debugging, no key sharing; SEV-ES for sev-es)")
     add(
         "--arguments", "--append", type=values.arguments, default="", metavar="TEXT",
         help="text that the guest finds in its boot information, or as its command line",
     )  # fmt: skip
-    add("--secret", metavar="FILE", help="what a SEV guest's owner gives it after a right measurement (- for stdin)")
-    add("--save-launch", metavar="FILE", help="write what the launch measured, for sevmm measure --verify (no keys in it)")
-    add("--json", action="store_true", help="one JSON object on stdout instead of the guest's console and the summary")
 
 
 def _add_measure(verbs: Any) -> None:
@@ -174,14 +191,10 @@ def _add_measure(verbs: Any) -> None:
         return measure.run(options)
 
     parser = _verb(verbs, "measure", run, "predict what a launch measures, without any device, or compare with one", _MEASURE_EXAMPLES)
-    guest = parser.add_argument("guest", metavar="GUEST", help="a bundled guest (see sevmm guests) or a path: ELF64")
-    guest.complete = GUEST_COMPLETION  # type: ignore[attr-defined]  # shtab's convention
+    _add_guest(parser, "ELF64")
     add = parser.add_argument
     add("--type", choices=SEV_TYPES, default="sev", help="VM type (default: sev)")
-    add("--memory", type=values.size, default=64 << 20, metavar="SIZE", help="guest memory, as for run (default: 64M)")
-    add("--vcpus", type=values.vcpus, default=1, metavar="N", help="number of vCPUs, 1 to 64 (default: 1)")
-    add("--policy", type=values.policy, metavar="HEX", help="SEV policy (default: no debugging, no key sharing; SEV-ES for sev-es)")
-    add("--arguments", "--append", type=values.arguments, default="", metavar="TEXT", help="the guest's arguments, as for run")
+    _add_launch(parser)
     add("--init", choices=("init", "init2"), default="init2", help="the command that makes a SEV VM: (ES_)INIT, or INIT2 (default)")
     add("--c-bit", type=sev_values.c_bit, default=51, metavar="N", help="the host's C-bit (default: 51; 47 on the first two EPYCs)")
     add(
@@ -243,7 +256,7 @@ def _add_selftest(verbs: Any) -> None:
     add = parser.add_argument
     add("patterns", metavar="PATTERN", nargs="*", help="suites, tests or ids as --list shows them; shell patterns (default: all)")
     add("--list", action="store_true", help="name the tests instead of running them")
-    add("--on", choices=RUNGS, default="auto", help="which side of the seam answers (default: auto, the kernel when it can)")
+    _add_on(parser)
     add("--type", choices=TYPES, help="only tests of this VM type")
     add(
         "--dialect",
