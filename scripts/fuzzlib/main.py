@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -14,12 +13,10 @@ from typing import Any
 
 from fuzzlib.calls import Log
 from fuzzlib.fuzzer import Plan, child
+from fuzzlib.processes import ENVIRONMENT, positive
 
 TREE = Path(__file__).resolve().parents[2]
 _CHILD = "import sys; sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]; from fuzzlib.main import main; sys.exit(main())"
-
-
-_ENVIRONMENT = {**os.environ, "MALLOC_ARENA_MAX": "1"}  # with an arena per thread, what the allocator keeps would look like a leak
 
 
 def main() -> int:
@@ -56,19 +53,12 @@ def _parser() -> argparse.ArgumentParser:
         "reference (see fuzz snippets --help, fuzz sev --help). "
         "One thread and one seed make the same calls each time; with more, their order is the machine's.",
     )
-    parser.add_argument("--calls", type=_positive, default=100_000, metavar="N", help="how many ioctls (100000)")
+    parser.add_argument("--calls", type=positive, default=100_000, metavar="N", help="how many ioctls (100000)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="what the random choices begin with (1)")
-    parser.add_argument("--threads", type=_positive, default=3, metavar="N", help="how many threads make them (3)")
+    parser.add_argument("--threads", type=positive, default=3, metavar="N", help="how many threads make them (3)")
     parser.add_argument("--seconds", type=float, default=3600.0, metavar="S", help="stop after this time (an hour)")
     parser.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text.replace("_", ""))
-    if number <= 0:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 def _run(plan: Plan, path: Path, log: Log) -> tuple[int, dict[str, Any] | None, str]:
@@ -77,7 +67,7 @@ def _run(plan: Plan, path: Path, log: Log) -> tuple[int, dict[str, Any] | None, 
     for name in ("calls", "seed", "threads", "seconds"):
         command += [f"--{name}", str(getattr(plan, name))]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=out, stderr=errors, cwd=TREE, env=_ENVIRONMENT)
+        process = subprocess.Popen(command, stdout=out, stderr=errors, cwd=TREE, env=ENVIRONMENT)
         try:
             _progress(process, plan, log)
         finally:
