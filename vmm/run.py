@@ -27,7 +27,8 @@ from vmm.rungs import RUNGS, TYPES, Rung, Unsupported, choose
 if TYPE_CHECKING:
     from guest.catalogue import Guest
     from kvmapi.host import Host
-    from vmm.machine import Machine, MachineConfig
+    from vmm.config import MachineConfig
+    from vmm.machine import Machine
 
 MAP_ROWS = 65536
 """Ranges of the map in a report; a hostile guest can make millions."""
@@ -176,7 +177,7 @@ def load_guest(path: str, row: Guest | None) -> Image:
 
 def _config(request: GuestRequest, report: RunReport, row: Guest | None, image: Image) -> MachineConfig:
     """Choose the rung and say what is to be built on it."""
-    from vmm.machine import ConfigError, MachineConfig
+    from vmm.config import ConfigError, MachineConfig
 
     try:
         wanted = MachineConfig(

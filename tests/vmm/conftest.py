@@ -13,7 +13,8 @@ def engine_is_warm() -> None:
     if missing("model") is None:
         from kvmapi.model.host import ModelHost
         from tests.vmm import flat
-        from vmm.machine import Machine, MachineConfig
+        from vmm.config import MachineConfig
+        from vmm.machine import Machine
 
         with Machine(MachineConfig(flat.image(flat.HALT), ModelHost(), "sev", memory=16 << 20)) as machine:
             machine.run(10)

@@ -6,7 +6,8 @@ import pytest
 
 from tests.vmm import flat
 from vmm import boot
-from vmm.machine import Machine, MachineConfig
+from vmm.config import MachineConfig
+from vmm.machine import Machine
 from vmm.measure import runs
 
 MIB = 1 << 20

@@ -12,8 +12,9 @@ import pytest
 
 from kvmapi.exit_types import Exit, Io
 from tests.vmm import flat
+from vmm.config import ConfigError, MachineConfig
 from vmm.devices import BOUND_CALLS
-from vmm.machine import ConfigError, Machine, MachineConfig
+from vmm.machine import Machine
 from vmm.rungs import Unsupported
 
 MIB = 1 << 20
@@ -186,7 +187,8 @@ def test_every_vcpu_gets_its_index_stack_and_apic_id(any_host: Any) -> None:
 def test_ctrl_c_stops_a_guest_that_spins(any_host: Any, tree: Path) -> None:
     program = f"""
 from tests.vmm import flat
-from vmm.machine import Machine, MachineConfig
+from vmm.config import MachineConfig
+from vmm.machine import Machine
 if {any_host.name!r} == "kernel":
     from kvmapi.kernel import KernelHost as Host
 else:

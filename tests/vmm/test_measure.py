@@ -9,9 +9,10 @@ import pytest
 from guest.catalogue import GUESTS
 from tests.vmm import flat
 from vmm import boot
+from vmm.config import MachineConfig
 from vmm.image import Image, Segment
 from vmm.launch import CHUNK, SevLaunch, default_policy
-from vmm.machine import Machine, MachineConfig
+from vmm.machine import Machine
 from vmm.measure import (
     INIT,
     MeasuredRegion,

@@ -8,7 +8,8 @@ import pytest
 from tests.conftest import PATIENCE
 from tests.vmm import flat
 from vmm import boot
-from vmm.machine import Machine, MachineConfig
+from vmm.config import MachineConfig
+from vmm.machine import Machine
 from vmm.run import GuestRequest, run_guest
 
 MIB = 1 << 20

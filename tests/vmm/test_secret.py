@@ -14,7 +14,8 @@ from kvmapi.session import OwnerError, OwnerSession
 from tests.vmm import flat
 from vmm import boot
 from vmm.cli import summary
-from vmm.machine import ConfigError, Machine, MachineConfig
+from vmm.config import ConfigError, MachineConfig
+from vmm.machine import Machine
 from vmm.run import GuestRequest, run_guest
 
 MIB = 1 << 20

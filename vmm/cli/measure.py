@@ -34,8 +34,8 @@ class _Usage(Exception):
 
 def run(options: argparse.Namespace) -> int:
     """Predict, and print, save or compare; the exit status of the process."""
+    from vmm.config import ConfigError
     from vmm.image import ImageError
-    from vmm.machine import ConfigError
     from vmm.run import Refused
     from vmm.rungs import Unsupported
     from vmm.saved_launch import SavedLaunchError
@@ -100,8 +100,8 @@ def _check(options: argparse.Namespace) -> bytes | None:
 
 def _predict(options: argparse.Namespace) -> Measurement:
     """The prediction for what the options say; a note where `run` would not run that."""
+    from vmm.config import MachineConfig
     from vmm.launch import default_policy
-    from vmm.machine import MachineConfig
     from vmm.measure import Setup, predict
     from vmm.run import find_guest, load_guest
 

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from kvmapi.exit_types import Exit, Hlt, Io
 from vmm import kick
+from vmm.config import MachineConfig
 from vmm.devices import GuestStop
 from vmm.dispatch import Stop
-from vmm.machine import Machine, MachineConfig
+from vmm.machine import Machine
 from vmm.selftests import ucall
 from vmm.selftests.checks import Failure
 from vmm.selftests.tables import PAGE_4K, PageTables

@@ -151,10 +151,10 @@ class MachineFactory:
     ) -> Bench:
         """A machine of the case's type with `guest` (bundled name, C text or image), launched; closed at the end of the test.
 
-        `memory` in bytes. `slots` and `prepare`: see `vmm.selftests.bench`. `config`: more of `vmm.machine.MachineConfig` (secret,
+        `memory` in bytes. `slots` and `prepare`: see `vmm.selftests.bench`. `config`: more of `vmm.config.MachineConfig` (secret,
         lazy_private, hypercalls, record). Raises `Skip` without a compiler, and where this host cannot have such a machine.
         """
-        from vmm.machine import MachineConfig
+        from vmm.config import MachineConfig
         from vmm.selftests.bench import PATIENCE, Bench
 
         fixtures = self._fixtures

@@ -24,7 +24,8 @@ from kvmapi.abi import kvm
 from kvmapi.dialects import PrivateMemfd, Vm
 from kvmapi.exit_types import Exit, Hypercall, MemoryFault, Mmio
 from vmm import boot
-from vmm.machine import SLOT_LOW, MachineConfig
+from vmm.config import MachineConfig
+from vmm.machine import SLOT_LOW
 from vmm.selftests.bench import Bench
 from vmm.selftests.checks import check_equal, fail
 from vmm.selftests.privmem.guest import RANGES_PAGE, SIZE_GPA, TABLES_PAGE, TEST_GPA

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmm.machine import MachineConfig
+from vmm.config import MachineConfig
 from vmm.selftests.fixtures import load_guest
 from vmm.selftests.privmem.beyond import BEYOND
 from vmm.selftests.privmem.cases import SCENARIOS, Scenario
