@@ -23,7 +23,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from tests.differential.rows import ROWS
+from tests.differential import rows, rows_vector
 from tests.differential.traced import CODE, DATA, DATA_SIZE, FIXED, STACK
 
 _SIZES = {"B": 1, "W": 2, "D": 4, "Q": 8}
@@ -48,7 +48,9 @@ def _parse(line: str) -> Row:
     return Row(name, prefix, data[len(prefix) :], frozenset(rest), tuple(_SIZES[letter] for letter in "".join(sizes) if letter in _SIZES))
 
 
-TABLE: dict[str, list[Row]] = {group: [_parse(line) for line in text.strip().splitlines()] for group, text in ROWS.items()}
+TABLE: dict[str, list[Row]] = {
+    group: [_parse(line) for line in text.strip().splitlines()] for group, text in {**rows.ROWS, **rows_vector.ROWS}.items()
+}
 """Rows by group."""
 
 
