@@ -25,6 +25,8 @@ from kvmapi.system import System
 with System(KernelHost()) as system, system.create_vm(kvm.KVM_X86_SW_PROTECTED_VM) as vm, vm.create_vcpu() as vcpu:
     vm.check_extension(caps.KVM_CAP_NESTED_STATE), vm.check_extension(caps.KVM_CAP_NESTED_STATE)
     assert vm.ioctl_raw(0xAEFE) == -errno.ENOTTY
+    os.close(vm.ioctl_raw(ioctls.KVM_GET_STATS_FD))
+    vm.ioctl_raw(ioctls.KVM_GET_STATS_FD), vm.ioctl_raw(ioctls.KVM_GET_STATS_FD)
     vcpu.kvm_run.immediate_exit = 1
     vcpu.kvm_run.cr8 = 3
     assert vcpu.run() == errno.EINTR
@@ -82,6 +84,13 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, str]:
     done = subprocess.run(command, cwd=TREE, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == -15, done.stderr
     return log.read_bytes(), done.stderr
+
+
+def test_statistics_that_are_one_file_to_us_have_no_end(asked: tuple[bytes, str]) -> None:
+    made = [(line["made"]["on"], line["made"]["file"]) for line in lines(asked) if "made" in line]
+    released = [(line["on"], line["file"]) for line in lines(asked) if line.get("call") == "release"]
+    assert sum(kind == "stats" for kind, _ in made) == 3
+    assert sorted(released) == sorted(file for file in made if file[0] != "stats")
 
 
 def test_what_kvm_run_was_asked_for(asked: tuple[bytes, str]) -> None:

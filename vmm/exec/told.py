@@ -97,10 +97,10 @@ class Told:
             self._made_vm(begun.argument, result)
         elif result == -errno.ENOTTY or (result < 0 and _unknown(begun, result)):
             name = _name(begun, memory)
-            self._tell("ioctls", (begun.on, name, result), f"{name} on a {begun.on} fd: {errno_name(-result)}, there is no such call")
+            self._tell("ioctls", (begun.on, name, result), f"{name} on {_where(begun.on)}: {errno_name(-result)}, there is no such call")
         elif request == ioctls.KVM_ENABLE_CAP and result == -errno.EINVAL:
             name = _enabled(begun, memory)
-            self._tell("capabilities", (name,), f"KVM_ENABLE_CAP {name} on a {begun.on} fd: EINVAL")
+            self._tell("capabilities", (name,), f"KVM_ENABLE_CAP {name} on {_where(begun.on)}: EINVAL")
         elif request == ioctls.KVM_MEMORY_ENCRYPT_OP and not result and (kind := _old_init(begun, memory)):
             self._tell("VMs", kind, f"a VM becomes a {kind} guest (KVM_{kind}_INIT, the way before VM types)")
 
@@ -113,7 +113,7 @@ class Told:
             if self._runs:
                 reasons = ", ".join(f"{reason} {count}" for reason, count in self._runs.most_common())
                 lines.append(f"KVM_RUN returned {_times(self._runs.total())}: {reasons}")
-            lines += [f"{count} more {what} than were told" for what, count in sorted(self._unsaid.items())]
+            lines += [f"{count} more about {what} were not told" for what, count in sorted(self._unsaid.items())]
         return lines
 
     # --- inside ------------------------------------------------------------------------------------------------------
@@ -196,6 +196,10 @@ def _u32(begun: Begun, memory: Memory) -> int | None:
 
 def _type(number: int) -> str:
     return f"{number} ({kvm.VM_TYPE_NAMES[number]})" if number in kvm.VM_TYPE_NAMES else hex(number)
+
+
+def _where(on: str) -> str:
+    return {"system": "/dev/kvm", "sev": "/dev/sev"}.get(on, f"a {on} fd")
 
 
 def _times(count: int) -> str:
