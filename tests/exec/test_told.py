@@ -124,7 +124,7 @@ def test_a_hostile_program_cannot_make_it_long(heard: Heard) -> None:
         heard.call("vm", 0xAE000000 + number, 0, -errno.ENOTTY)
         heard.call("system", ioctls.KVM_CREATE_VM, number << 32, -errno.EINVAL)
         heard.call("system", ioctls.KVM_CREATE_VM, 0, 5)
-        heard.told.opened(number, "/dev/kvm\x1b[2J\n", 3)
+        heard.told.opened(number, "/sys/module/kvm/\x1b[2J\n" + "x" * 4000, -errno.ENOENT)
         heard.run(reason=1000 + number)
     assert len(heard.lines) == 4 * MOST_TOLD
     assert all(line.isprintable() and len(line) < 200 for line in heard.lines)

@@ -31,6 +31,7 @@ MOST_TOLD = 16
 
 _MOST_KEPT = 1024  # different things of one subject that are told apart
 _MOST_REASONS = 64
+_LONGEST = 100  # characters of a name that a program chose
 _EXIT_REASON, _IMMEDIATE_EXIT = 8, 1  # in kvm_run
 _U32 = 0xFFFFFFFF
 
@@ -207,4 +208,5 @@ def _times(count: int) -> str:
 
 
 def _plain(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
+    shown = "".join(c if c.isprintable() else "?" for c in text[:_LONGEST])
+    return shown if len(text) <= _LONGEST else f"{shown}..."
