@@ -13,6 +13,7 @@ examples:
   sevmm exec -- ./sev_smoke_test                   one of the kernel's own tests, on a machine without SEV
   sevmm exec --platform sev,asids=4 -- ./my-vmm    SEV without SEV-ES, and room for four guests
   sevmm exec --record calls.jsonl -- ./my-vmm      every KVM and SEV call, decoded, one JSON object per line
+  sevmm exec --verbose -- ./my-vmm                 why does it behave so? What it opens, makes and asks for in vain
   sevmm exec -- gdb --args ./my-vmm                the program under a debugger
   sevmm exec --fallthrough -- make check           plain VMs on the real /dev/kvm, the other types on the model
 
