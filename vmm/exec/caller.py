@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from kvmapi.model.caller import Errno, EventFd, ProcessMemory, Stoppable, held_eventfd, memlock_limit
 from kvmapi.model.files import File, Foreign
 from vmm.exec.memory.ram import Ram
-from vmm.exec.pidfd import copy_fd
+from vmm.exec.pidfd import copy_fd_of, living
 
 if TYPE_CHECKING:
     from vmm.exec.files import FileTable
@@ -33,6 +33,7 @@ class RemoteMemory(ProcessMemory):
 
     def __init__(self, tgid: int, tracer: Tracer | None = None) -> None:
         super().__init__(tgid)
+        self._tgid = tgid
         self.ram = Ram(tgid, tracer)
         self.pointer = self.ram.pointer
         self.standing = self.ram.standing
@@ -45,9 +46,9 @@ class RemoteMemory(ProcessMemory):
 
     def _copy(self, function: object, local: int, address: int, size: int) -> int:
         done = super()._copy(function, local, address, size)
-        if done < 0 and ctypes.get_errno() == errno.ESRCH:  # its first thread has ended, others live on
-            with contextlib.suppress(OSError, ValueError):
-                self._pid = next(int(tid) for tid in os.listdir(f"/proc/{self._pid}/task") if int(tid) != self._pid)
+        if done < 0 and ctypes.get_errno() == errno.ESRCH:  # the thread has ended, others live on
+            with contextlib.suppress(ProcessLookupError):
+                self._pid = living(self._tgid)
                 done = super()._copy(function, local, address, size)
         return done
 
@@ -89,8 +90,8 @@ class Process:
         self.leaving: set[int] = set()  # threads that have asked for another image, and may get it
         self.pidfd = os.pidfd_open(tgid)
         self._maps, self._image = -1, b""
-        with contextlib.suppress(OSError):  # its first thread has ended
-            self._maps, self._image = os.open(f"/proc/{tgid}/maps", os.O_RDONLY | os.O_CLOEXEC), _image(tgid)
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            self._maps, self._image = os.open(f"/proc/{living(tgid)}/maps", os.O_RDONLY | os.O_CLOEXEC), _image(tgid)
         self.memory = RemoteMemory(tgid, tracer)
 
     def same_image(self) -> bool:
@@ -108,13 +109,6 @@ class Process:
             os.close(self._maps)
         self.memory.retire()
 
-    def fd(self, number: int) -> int:
-        """A copy, here, of the process's fd. Errno(EBADF): nothing is open there."""
-        try:
-            return copy_fd(self.pidfd, number)
-        except OSError as failure:
-            raise Errno(failure.errno or errno.EBADF) from None
-
     def memlock_limit(self) -> int | None:
         """RLIMIT_MEMLOCK in bytes, None when there is none or the process has CAP_IPC_LOCK."""
         with contextlib.suppress(OSError):
@@ -124,7 +118,7 @@ class Process:
 
 def _image(tgid: int) -> bytes:
     """Where its code and its stack begin: drawn by lot for each image. Raises OSError."""
-    with open(f"/proc/{tgid}/stat", "rb") as stat:
+    with open(f"/proc/{living(tgid)}/stat", "rb") as stat:
         return b" ".join(stat.read().rpartition(b")")[2].split()[23:26])
 
 
@@ -158,7 +152,11 @@ class Call:
 
     def eventfd(self, fd: int) -> EventFd:
         """The program's eventfd."""
-        return held_eventfd(self.process.fd(fd))
+        try:
+            ours = copy_fd_of(self.process.tgid, self.thread, fd)
+        except OSError as failure:
+            raise Errno(failure.errno or errno.EBADF) from None
+        return held_eventfd(ours)
 
     def memlock_limit(self) -> int | None:
         """Its pin limit."""

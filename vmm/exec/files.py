@@ -137,7 +137,7 @@ class FileTable:
 
     def _free_number(self, call: Call) -> int:
         """The lowest free number of those that the filter guards."""
-        taken = {int(name) for name in os.listdir(f"/proc/{call.process.tgid}/fd")}
+        taken = {int(name) for name in os.listdir(f"/proc/{call.process.tgid}/task/{call.thread}/fd")}
         at = self._first_guarded
         while at in taken:
             at += 1

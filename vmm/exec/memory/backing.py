@@ -26,7 +26,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Iterator
 
-from vmm.exec.pidfd import copy_fd
+from vmm.exec.pidfd import copy_fd_of, living
 
 PAGE = 4096
 MOST = 1024  # backings, of all processes
@@ -162,12 +162,16 @@ def file_of(tgid: int, device: int, inode: int, start: int, end: int, name: byte
     A copy of the process's own fd is best: one of the model's files is closed when the last open of it is, and an open of
     ours would be taken for one of the program's.
     """
-    paths = _open_files(tgid, device, inode, name)
+    try:
+        thread = living(tgid)
+    except ProcessLookupError:
+        return None
+    paths = _open_files(thread, device, inode, name)
     for path in paths:
-        fd = _copied(tgid, int(path.rpartition("/")[2]), inode)
+        fd = _copied(tgid, thread, int(path.rpartition("/")[2]), inode)
         if fd is not None:
             return fd, True
-    for path in (*paths, f"/proc/{tgid}/map_files/{start:x}-{end:x}"):
+    for path in (*paths, f"/proc/{thread}/map_files/{start:x}-{end:x}"):
         for flags in (os.O_RDWR, os.O_RDONLY):
             with contextlib.suppress(OSError):
                 if stat.S_ISREG(os.stat(path).st_mode):  # opening a device could do anything
@@ -178,18 +182,12 @@ def file_of(tgid: int, device: int, inode: int, start: int, end: int, name: byte
     return None
 
 
-def _copied(tgid: int, number: int, inode: int) -> int | None:
-    """Our copy of a process's fd, if it is that file, open for reading and writing."""
+def _copied(tgid: int, thread: int, number: int, inode: int) -> int | None:
+    """Our copy of a thread's fd, if it is that file, open for reading and writing."""
     try:
-        pidfd = os.pidfd_open(tgid)
+        fd = copy_fd_of(tgid, thread, number)
     except OSError:
         return None
-    try:
-        fd = copy_fd(pidfd, number)
-    except OSError:
-        return None
-    finally:
-        os.close(pidfd)
     status = os.fstat(fd)
     if status.st_ino == inode and stat.S_ISREG(status.st_mode) and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR:
         return fd
@@ -197,14 +195,14 @@ def _copied(tgid: int, number: int, inode: int) -> int | None:
     return None
 
 
-def _open_files(tgid: int, device: int, inode: int, name: bytes) -> list[str]:
-    """Paths of the process's fds that are this file. Some file systems show another device in stat(2) than in maps: then the
+def _open_files(thread: int, device: int, inode: int, name: bytes) -> list[str]:
+    """Paths of a thread's fds that are this file. Some file systems show another device in stat(2) than in maps: then the
     name must be the same.
     """
     found = []
     with contextlib.suppress(OSError):
-        for fd in os.listdir(f"/proc/{tgid}/fd"):
-            path = f"/proc/{tgid}/fd/{fd}"
+        for fd in os.listdir(f"/proc/{thread}/fd"):
+            path = f"/proc/{thread}/fd/{fd}"
             with contextlib.suppress(OSError):
                 status = os.stat(path)
                 if status.st_ino == inode and (status.st_dev == device or os.readlink(os.fsencode(path)) == name):

@@ -10,15 +10,17 @@ Nothing here stores to our mapping directly. Where memory runs out a system call
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import errno
 import fcntl
 import itertools
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from vmm.exec.memory.backing import PAGE
+from vmm.exec.pidfd import living
 
 _PAGEMAP_SCAN = 0xC0606610
 _PRESENT, _SWAPPED, _ZERO = 1 << 3, 1 << 4, 1 << 5  # categories of pages
@@ -38,20 +40,30 @@ def read(tgid: int, address: int, size: int) -> bytes | None:
     """`size` bytes of a process; None when it may not read all of them."""
     buffer = ctypes.create_string_buffer(size)
     local = struct.pack("=2Q", ctypes.addressof(buffer), size)
-    return buffer.raw if _readv(tgid, local, 1, struct.pack("=2Q", address, size), 1, 0) == size else None
+    return buffer.raw if _transferred(_readv, tgid, local, struct.pack("=2Q", address, size)) == size else None
 
 
 def write(tgid: int, address: int, data: bytes) -> bool:
     """Into a process; False when it may not write all of it."""
     buffer = ctypes.create_string_buffer(data, len(data))
     local = struct.pack("=2Q", ctypes.addressof(buffer), len(data))
-    return bool(_writev(tgid, local, 1, struct.pack("=2Q", address, len(data)), 1, 0) == len(data))
+    return _transferred(_writev, tgid, local, struct.pack("=2Q", address, len(data))) == len(data)
+
+
+def _transferred(function: Callable[..., int], tgid: int, local: bytes, remote: bytes) -> int:
+    """Bytes that a process_vm_ call has copied between these ranges; -1 and an errno."""
+    done = function(tgid, local, len(local) // 16, remote, len(remote) // 16, 0)
+    if done < 0 and ctypes.get_errno() == errno.ESRCH:  # its first thread has ended, others may live on
+        with contextlib.suppress(ProcessLookupError):
+            done = function(living(tgid), local, len(local) // 16, remote, len(remote) // 16, 0)
+    return done
 
 
 def copy(tgid: int, start: int, end: int, view: int, file: bool) -> None:
     """[start, end). `file`: a private mapping of a file, where pages that are not there have contents, too. OSError when it
     cannot be read, or when there is no memory for it.
     """
+    tgid = living(tgid)
     if file:
         _copy_file(tgid, start, end, view)
         return

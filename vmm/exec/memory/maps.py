@@ -18,6 +18,8 @@ import threading
 from bisect import bisect_right
 from typing import NamedTuple
 
+from vmm.exec.pidfd import living
+
 _QUERY_SIZE = 104  # struct procmap_query
 _PROCMAP_QUERY = 0xC0000000 | _QUERY_SIZE << 16 | ord("f") << 8 | 17
 _NEXT = 0x10  # PROCMAP_QUERY_COVERING_OR_NEXT_VMA
@@ -124,7 +126,7 @@ class Maps:
         if self._closed:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         if self._fd < 0:
-            self._fd = os.open(f"/proc/{self._tgid}/maps", os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(f"/proc/{living(self._tgid)}/maps", os.O_RDONLY | os.O_CLOEXEC)
         return self._fd
 
     def _reopen(self) -> None:
