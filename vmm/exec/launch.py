@@ -22,15 +22,26 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from vmm.exec import notify
 
 NOT_EXECUTABLE, NOT_FOUND = 126, 127  # as shells have it
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
-_FROM_KERNEL = 0x80  # si_code of what the terminal sends
+_FROM_TERMINAL = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGWINCH)
+_PASSED_ON = (
+    *_FROM_TERMINAL, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO,
+    signal.SIGURG, signal.SIGPWR, signal.SIGSTKFLT, *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
+)  # fmt: skip
+_FROM_KERNEL = 0x80  # si_code of what the terminal sends, and timers
 _PYTHON_IGNORES = (signal.SIGPIPE, signal.SIGXFSZ)
+_LIMITS = {  # options of ulimit, and what leaves room for a few guests
+    resource.RLIMIT_NOFILE: ("-n", 256),
+    resource.RLIMIT_FSIZE: ("-f", 1 << 48),
+    resource.RLIMIT_AS: ("-v", 16 << 30),
+    resource.RLIMIT_DATA: ("-d", 4 << 30),
+}
+_FDS = 1 << 20
 _PATIENCE = 2.0  # seconds until a user is told who is still running
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -67,7 +78,7 @@ class Child:
         if self.pid == 0:
             ours.close()
             self._become(argv, filter_code, theirs)
-        self._more_fds()
+        self._free_ourselves()
         theirs.close()
         self._channel = ours
         message, fds, _, _ = socket.recv_fds(ours, _FAILED.size, 1)
@@ -78,10 +89,17 @@ class Child:
         self.listener = notify.Listener(fds[0])
 
     @staticmethod
-    def _more_fds() -> None:
-        """We have fds for all that the program and its children have: as many as we may."""
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    def _free_ourselves() -> None:
+        """What was meant for the program does not bind us: we have fds, files and address space for all that it and its children
+        have, so as much as we may; and their ends are told to us.
+        """
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, wait(2) would know nothing of them
+        for what in _LIMITS:
+            _, hard = resource.getrlimit(what)
+            for limit in (max(hard, _FDS) if what == resource.RLIMIT_NOFILE else resource.RLIM_INFINITY, hard):
+                with contextlib.suppress(OSError, ValueError):  # above the hard limit only root can go
+                    resource.setrlimit(what, (limit, limit))
+                    break
 
     def _become(self, argv: Sequence[str], filter_code: bytes, channel: socket.socket) -> None:
         """In the child. From the filter on nothing may be opened before somebody listens."""
@@ -151,9 +169,40 @@ class Child:
             if status is not None:
                 if came.si_signo != signal.SIGWINCH:
                     kill_descendants()
-            elif came.si_code != _FROM_KERNEL:  # what the terminal sent the program has got already
+            elif not _reached_all(came):
                 with contextlib.suppress(OSError):  # it has ended just now
                     os.kill(self.pid, came.si_signo)
+
+
+@contextlib.contextmanager
+def not_stopped_by_terminal() -> Iterator[None]:
+    """Inside, this thread may write to the terminal although the program has put us into the background there (`stty tostop`): the
+    kernel would stop us, and whoever waits for our answers.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def limits() -> str:
+    """The limits that bind us all the same, as options of the shell's `ulimit`; empty where there is room for guests."""
+    found = []
+    for what, (option, enough) in _LIMITS.items():
+        soft, _ = resource.getrlimit(what)
+        if 0 <= soft < enough:
+            found.append(option)
+    return ", ".join(found)
+
+
+def _reached_all(came: signal.struct_siginfo) -> bool:
+    """Has the program got this signal already? What the terminal sends goes to all of the job, but that it is gone is told to
+    the leader of the session alone.
+    """
+    if came.si_code != _FROM_KERNEL or came.si_signo not in _FROM_TERMINAL:
+        return False
+    return came.si_signo != signal.SIGHUP or os.getsid(0) != os.getpid()
 
 
 def descendants() -> list[int]:

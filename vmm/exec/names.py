@@ -20,6 +20,7 @@ from kvmapi.model.system import KvmDevice
 from vmm.exec import filter as calls
 from vmm.exec.caller import Call
 from vmm.exec.files import Entry
+from vmm.exec.launch import limits
 from vmm.exec.notify import Notification
 from vmm.exec.paths import Paths, absolute
 
@@ -124,6 +125,8 @@ class Names:
             if flags & os.O_PATH:
                 return self._give(call, os.open("/dev/null", os.O_PATH | os.O_CLOEXEC))  # it stands for a name, and takes no calls
             self._files.take_news()
+            if small := limits():
+                self._up.say_once(f"ulimit {small} binds the model, too: VMs, vCPUs or guest memory may be refused for want of room")
             return call.install(device(self._up.platform, name, flags))
         except Errno as failure:
             return -failure.number

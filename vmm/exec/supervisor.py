@@ -136,9 +136,15 @@ class Supervisor:
             raise memory_refused(number)
         gc.freeze()  # the modules stay for good: the collector need not look at them again and again
         gc.set_threshold(_GARBAGE)
-        self.tracer.start()
-        self.processes.start()
-        self.pool.start()
+        try:
+            self.tracer.start()
+            self.processes.start()
+            self.pool.start()
+        except RuntimeError:
+            self.child.give_up()
+            raise CannotExec(
+                "threads cannot be started here: raise `ulimit -u` or `ulimit -v`, or the container's limit of processes"
+            ) from None
         failure = self.child.exec_failure()
         status = self.child.wait(self.tracer.reap, self._still_running, WATCHER.job_continued)
         self.pool.stop()
@@ -233,7 +239,7 @@ class Supervisor:
     # ---- what the user hears
     def say(self, text: str) -> None:
         """One line on stderr."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError), launch.not_stopped_by_terminal():
             print(f"sevmm exec: {text}", file=sys.stderr, flush=True)
 
     def _explain(self, text: str) -> None:

@@ -62,6 +62,8 @@ _ctl = _lib.uc_ctl  # variadic
 _WRITE = uc.UC_CTL_IO_WRITE << 30
 
 CODE_BYTES = 64 << 20
+_SLACK = 16 << 20  # bytes that an engine needs besides
+_NORESERVE = 0x4000
 """Room for translated code. Not more: code further than 2 GiB from our stubs calls them by a slower way, and Unicorn's own
 choice of 1 GiB puts every second engine there."""
 
@@ -123,10 +125,13 @@ class Native:
     """One Unicorn x86-64 engine in virtual-TLB mode. Not thread-safe: one caller at a time."""
 
     def __init__(self, code_bytes: int = CODE_BYTES) -> None:
-        """`code_bytes`: room for translated code."""
+        """`code_bytes`: room for translated code. OSError (ENOMEM): there is none."""
+        self.handle = 0
+        # Where this fails, under a small `ulimit -v`, the engine would end the whole process.
+        mmap.mmap(-1, code_bytes + _SLACK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE).close()
         handle = _ptr()
         self._check(_open(uc.UC_ARCH_X86, uc.UC_MODE_64, ctypes.addressof(handle)), "open an engine")
-        self.handle: int = handle.value or 0
+        self.handle = handle.value or 0
         self._callbacks: list[object] = []  # ctypes callbacks must outlive the engine
         # Before the engine sets itself up, which the first call that needs its CPU does.
         self.control(uc.UC_CTL_TCG_BUFFER_SIZE, ctypes.c_uint32(code_bytes))
