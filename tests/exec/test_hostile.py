@@ -16,6 +16,7 @@ CASES = {
     "few-fds": (),
     "storm": ("--platform", "sev,asids=1"),
     "faults": (),
+    "lease": (),
 }
 
 

@@ -177,11 +177,36 @@ static int never(void)
 	return faults();
 }
 
+/* RAM in a file on which the program has a lease: who opens it for writing would have to wait until that is given up. */
+static int lease(void)
+{
+	struct kvm_userspace_memory_region slot = { .flags = KVM_MEM_READONLY, .memory_size = 16 * PAGE };
+	int memfd = must(memfd_create("ram", 0), "memfd_create"), file;
+	char path[40];
+	void *ram;
+
+	must(ftruncate(memfd, 16 * PAGE), "ftruncate");
+	must(pwrite(memfd, OUT_FOR_EVER, sizeof(OUT_FOR_EVER) - 1, ENTRY), "pwrite");
+	sprintf(path, "/proc/self/fd/%d", memfd);
+	file = must(open(path, O_RDONLY), path);
+	close(memfd);
+	signal(SIGIO, SIG_IGN);
+	must(fcntl(file, F_SETLEASE, F_RDLCK), "a lease");
+	ram = mmap(NULL, 16 * PAGE, PROT_READ, MAP_SHARED, file, 0);
+	slot.userspace_addr = ADDRESS(ram);
+	m.kvm = must(open("/dev/kvm", O_RDWR), "/dev/kvm"), m.vm = must(ioctl(m.kvm, KVM_CREATE_VM, 0), "a VM");
+	expect("a slot", call(m.vm, KVM_SET_USER_MEMORY_REGION, &slot), 0);
+	m.vcpu = add_vcpu(&m, 0, &m.run);
+	start_at(m.vcpu, ENTRY);
+	expect("run", run(&m), KVM_EXIT_IO);
+	return verdict();
+}
+
 int main(int count, char **words)
 {
 	static const struct { const char *name; int (*does)(void); } all[] = {
 		{ "failed-exec", failed_exec }, { "exec", exec }, { "exec32", exec32 }, { "heir", heir }, { "few-fds", few_fds },
-		{ "storm", storm }, { "faults", faults }, { "never", never },
+		{ "storm", storm }, { "faults", faults }, { "never", never }, { "lease", lease },
 	};
 
 	vm_fd = words[count - 1];

@@ -33,6 +33,7 @@ MOST = 1024  # backings, of all processes
 TOGETHER = 64 << 20  # bytes that mappings in one backing may span
 _TOP = 1 << 47
 _PUNCH = 1 | 2  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
+_AT_ONCE = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # a lease on the file, or a pipe in its place, must not hold us up
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 _fallocate = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64, use_errno=True)(
@@ -175,7 +176,7 @@ def file_of(tgid: int, device: int, inode: int, start: int, end: int, name: byte
         for flags in (os.O_RDWR, os.O_RDONLY):
             with contextlib.suppress(OSError):
                 if stat.S_ISREG(os.stat(path).st_mode):  # opening a device could do anything
-                    fd = os.open(path, flags | os.O_CLOEXEC)
+                    fd = os.open(path, flags | _AT_ONCE)
                     if os.fstat(fd).st_ino == inode:
                         return fd, flags == os.O_RDWR
                     os.close(fd)
