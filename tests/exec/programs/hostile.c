@@ -1,5 +1,7 @@
 /* What a program can do to whoever answers it: one behaviour per run, named by the first argument. */
 #include "mini.h"
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <linux/userfaultfd.h>
 #include <sys/resource.h>
 
@@ -177,6 +179,49 @@ static int never(void)
 	return faults();
 }
 
+/* A filter of the program's own traps mmap, by which its memory would become shared: it sees nothing of that. */
+static int trapped;
+
+static void on_trap(int number)
+{
+	trapped++;
+}
+
+static int open_fds(void)
+{
+	int count = 0;
+
+	for (int fd = 0; fd < 200; fd++)
+		count += fcntl(fd, F_GETFD) >= 0;
+	return count;
+}
+
+static int own_filter(void)
+{
+	struct sock_filter code[] = {
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_mmap, 0, 1),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_TRAP),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+	};
+	struct sock_fprog filter = { 4, code };
+	char *more = fresh_ram(4 * PAGE);
+	int before;
+
+	GUEST(&m, mmap(NULL, 16 * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0), 16 * PAGE, OUT_FOR_EVER);
+	signal(SIGSYS, on_trap);
+	must(syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &filter), "seccomp");
+	before = open_fds();
+	for (int i = 1; i < 4; i++)
+		expect("a slot of private memory", set_region(m.vm, i, i * MIB, more + i * PAGE, PAGE), 0);
+	expect("new fds", open_fds() - before, 0);
+	expect("signals", trapped, 0);
+	syscall(SYS_mmap, 0, PAGE, 0, 0, -1, 0);
+	expect("signals of a call of its own", trapped, 1);
+	expect("run", run(&m), KVM_EXIT_IO);
+	return verdict();
+}
+
 /* RAM in a file on which the program has a lease: who opens it for writing would have to wait until that is given up. */
 static int lease(void)
 {
@@ -206,7 +251,7 @@ int main(int count, char **words)
 {
 	static const struct { const char *name; int (*does)(void); } all[] = {
 		{ "failed-exec", failed_exec }, { "exec", exec }, { "exec32", exec32 }, { "heir", heir }, { "few-fds", few_fds },
-		{ "storm", storm }, { "faults", faults }, { "never", never }, { "lease", lease },
+		{ "storm", storm }, { "faults", faults }, { "never", never }, { "lease", lease }, { "own-filter", own_filter },
 	};
 
 	vm_fd = words[count - 1];

@@ -173,7 +173,7 @@ class Conversion:
                     at = hold.call(tid, instruction, _MMAP, piece.start, size, piece.prot, _SHARED_FIXED, fds[piece.backing], piece.start)
                     if at != piece.start:
                         piece.backing.punch(piece.start, size)
-                        raise OSError(-at, "mmap in the process failed")
+                        raise OSError(-at if at < 0 else errno.EPERM, "mmap in the process failed")  # or a filter of its own has trapped it
                     piece.backing.take(piece.start, piece.end)
                     self.converted.append(piece)
             finally:

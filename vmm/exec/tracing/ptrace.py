@@ -35,7 +35,10 @@ _SYSCALL_CODE = signal.SIGTRAP | 0x80  # si_code of the stops of PTRACE_SYSCALL
 _EVENT_CODE = 128  # PTRACE_EVENT_STOP: bits 8 and up of si_code of what PTRACE_INTERRUPT makes, and of group stops
 _U64 = (1 << 64) - 1
 _NOT_BEGUN = (-512, -513, -514)  # ERESTARTSYS, -NOINTR, -NOHAND
-_FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS)
+_FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP)
+# Of a filter of the program, by which it refuses a call. It must not be blocked meanwhile: the kernel would forget its handler.
+_REFUSAL = signal.SIGSYS
+_HELD_BACK = ((1 << 64) - 1 & ~(1 << _REFUSAL - 1)).to_bytes(8, "little")
 _NAP, _LONG_NAP, _GLANCES = 5e-5, 1e-3, 16
 _TURN = 0.01  # seconds between two times of what is done meanwhile
 PATIENCE = 2.0  # seconds that a thread inside a system call has to come out of it
@@ -211,11 +214,13 @@ class Hold:
 
     @contextlib.contextmanager
     def borrowed(self, tid: int) -> Iterator[None]:
-        """Inside, `call` may be used: no signal reaches the thread. Afterwards it is as it was."""
+        """Inside, `call` may be used: no signal reaches the thread. Afterwards it is as it was. The SIGSYS of a
+        call that is trapped is taken away by the next call.
+        """
         saved = self.registers(tid)
         mask = ctypes.create_string_buffer(8)
         request(GETSIGMASK, tid, 8, ctypes.addressof(mask))
-        every = ctypes.create_string_buffer(b"\xff" * 8, 8)
+        every = ctypes.create_string_buffer(_HELD_BACK, 8)
         request(SETSIGMASK, tid, 8, ctypes.addressof(every))
         try:
             yield
@@ -225,9 +230,9 @@ class Hold:
                 self.set_registers(tid, saved)
 
     def call(self, tid: int, instruction: int, number: int, *arguments: int) -> int:
-        """Let it make a system call with the `syscall` instruction at `instruction`: the result, or -errno. OSError
-        (EFAULT) when there is no such instruction any more, or a filter of the program refuses the call by a signal;
-        TimeoutError when it does something else there, or is stopped again and again; ProcessLookupError when it is gone.
+        """Let it make a system call with the `syscall` instruction at `instruction`: the result, or -errno; its own number where a
+        filter of the program traps it. OSError (EFAULT) when there is no such instruction any more; TimeoutError when it does
+        something else there, or is stopped again and again; ProcessLookupError when it is gone.
         """
         limit = time.monotonic() + PATIENCE
         while True:
@@ -252,7 +257,7 @@ class Hold:
                     raise OSError(errno.EFAULT, f"signal {signal_} instead of a system call")
                 if time.monotonic() > limit:
                     raise TimeoutError(errno.ETIMEDOUT, f"thread {tid} makes no system call")
-                request(SYSCALL, tid, None, signal_ if why == Stop.SIGNAL else 0)
+                request(SYSCALL, tid, None, signal_ if why == Stop.SIGNAL and signal_ != _REFUSAL else 0)
         result = int(self.registers(tid).rax)
         return result - (1 << 64) if result >> 63 else result
 
