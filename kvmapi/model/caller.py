@@ -10,27 +10,25 @@ copy_from_user does, where a plain load would end the process; and unlike /proc/
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import functools
 import mmap
 import os
 import resource
-import select
 import threading
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
 
 if TYPE_CHECKING:
+    from kvmapi.model.eventfd import EventFd
     from kvmapi.model.files import File
 
 PAGE = 4096
 USER_TOP = 0x7FFFFFFFF000  # first address that no user mapping of a 4-level x86-64 process can have
 _U64 = (1 << 64) - 1
 _CAP_IPC_LOCK = 14
-_ONE = (1).to_bytes(8, "little")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _vm_types = (ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong)
@@ -257,63 +255,6 @@ class OwnMemory(ProcessMemory):
             _mincore(at, min(_MINCORE * PAGE, last - at), resident) == 0 or ctypes.get_errno() != errno.ENOMEM
             for at in range(first, last, _MINCORE * PAGE)
         )
-
-
-class EventFd:
-    """An eventfd of the caller, held through an fd of our own that closes with this object. `key` is the same for all
-    fds of one eventfd.
-    """
-
-    def __init__(self, fd: int, key: int) -> None:
-        self.fd = fd
-        self.key = key
-
-    def __del__(self) -> None:
-        os.close(self.fd)
-
-    def signal(self) -> None:
-        """Add one. A counter that is full stays full: a write to it could block."""
-        room = select.poll()
-        room.register(self.fd, select.POLLOUT)
-        if room.poll(0):
-            os.write(self.fd, _ONE)
-
-    def consume(self) -> None:
-        """Empty the counter, without blocking."""
-        with contextlib.suppress(OSError):  # EAGAIN: someone else has emptied it
-            os.preadv(self.fd, [bytearray(8)], -1, os.RWF_NOWAIT)
-
-
-def own_eventfd(fd: int) -> EventFd:
-    """This process's eventfd `fd`: Errno(EBADF) when nothing is open there, EINVAL for another kind of file."""
-    try:
-        copy = os.dup(fd)
-    except OverflowError:
-        raise Errno(errno.EBADF) from None
-    except OSError as failure:
-        raise Errno(failure.errno or errno.EBADF) from None
-    return held_eventfd(copy)
-
-
-def held_eventfd(copy: int) -> EventFd:
-    """An EventFd of `copy`, an fd of ours that it takes over. Errno(EINVAL): another kind of file; `copy` is closed."""
-    try:
-        key = _eventfd_id(copy)
-        if key is None:
-            raise Errno(errno.EINVAL)
-    except BaseException:
-        os.close(copy)
-        raise
-    return EventFd(copy, key)
-
-
-def _eventfd_id(fd: int) -> int | None:
-    """The kernel's number for the eventfd behind `fd`; None where it is no eventfd."""
-    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
-        for line in lines:
-            if line.startswith("eventfd-id:"):
-                return int(line.split()[1])
-    return None
 
 
 class Caller(Protocol):

@@ -12,7 +12,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvmapi.model.caller import Errno, EventFd, OwnMemory, memlock_limit, own_eventfd
+from kvmapi.model.caller import Errno, OwnMemory, memlock_limit
+from kvmapi.model.eventfd import EventFd, own_eventfd
 from kvmapi.model.files import File, Foreign
 
 if TYPE_CHECKING:

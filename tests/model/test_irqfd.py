@@ -18,7 +18,8 @@ import pytest
 
 from kvmapi.abi import kvm
 from kvmapi.errors import KvmError
-from kvmapi.model.caller import Errno, own_eventfd
+from kvmapi.model.caller import Errno
+from kvmapi.model.eventfd import own_eventfd
 from kvmapi.model.irq.kernel_bus import KernelBus
 from tests.conformance.snippets import Machine
 

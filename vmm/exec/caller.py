@@ -13,7 +13,8 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from kvmapi.model.caller import Errno, EventFd, ProcessMemory, Stoppable, held_eventfd, memlock_limit
+from kvmapi.model.caller import Errno, ProcessMemory, Stoppable, memlock_limit
+from kvmapi.model.eventfd import EventFd, held_eventfd
 from kvmapi.model.files import File, Foreign
 from vmm.exec.memory.ram import Ram
 from vmm.exec.pidfd import copy_fd_of, living

@@ -23,7 +23,8 @@ from collections.abc import Callable
 from functools import partial
 
 from kvmapi.abi import kvm
-from kvmapi.model.caller import Caller, Errno, EventFd
+from kvmapi.model.caller import Caller, Errno
+from kvmapi.model.eventfd import EventFd
 from kvmapi.model.irq.bus import RESAMPLE_SOURCE, USER_SOURCE, InterruptBus
 from kvmapi.model.irq.threads import start_quiet
 

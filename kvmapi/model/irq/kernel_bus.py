@@ -16,7 +16,8 @@ import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvmapi.abi import kvm
-from kvmapi.model.caller import Caller, Errno, EventFd
+from kvmapi.model.caller import Caller, Errno
+from kvmapi.model.eventfd import EventFd
 
 if TYPE_CHECKING:
     from kvmapi.model.coalesced import CoalescedIo
