@@ -251,6 +251,12 @@ class CodeCache:
     def _secrets_same(self) -> bool:
         return all(zlib.crc32(page.view) == page.seen for page in self._secrets.values())
 
+    def lose_memory(self) -> None:
+        """Memory with code may go away any moment, from any thread: it is not looked at any more, and `flush` follows before the
+        vCPU goes on.
+        """
+        self._compared.count = 0
+
     def flush_blocks(self) -> None:
         """Translate everything again, with the hooks that are there now. Not from inside the engine."""
         if self._marks.full:

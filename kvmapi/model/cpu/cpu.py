@@ -93,6 +93,7 @@ class Cpu:
         self.event = -1  # the exception that the engine reported last
         self.stepped = False  # was it the stepper that ran last?
         self._code_generation = physical.code_generation
+        physical.code_caches.add(self.code)
         self.native.hook_interrupts(self._interrupted)
         self.reason = ""  # why the last internal error, in words
 
@@ -200,11 +201,11 @@ class Cpu:
     def catch_up(self) -> None:
         """Drop translations that changes elsewhere made void."""
         physical = self.physical
-        if physical.code_generation != self._code_generation:
-            self._code_generation = physical.code_generation
-            self.code.flush()
         if self.mmu.catch_up():
             self.native.flush_tlb()
+        if physical.code_generation != self._code_generation:  # behind the MMU: taking hooks away makes the engine fetch
+            self._code_generation = physical.code_generation
+            self.code.flush()
 
     def step(self, watch: Watch | None = None, *, flush: bool = True, system: bool = False) -> int:
         """Execute exactly one instruction (or one repetition); a UC_ERR_* number for `after_step`. Slow: for single

@@ -21,7 +21,8 @@ from __future__ import annotations
 import ctypes
 import errno
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+from weakref import WeakSet
 
 from pyroaring import BitMap64
 
@@ -77,6 +78,13 @@ def mark_dirty(slot: Slot, gfn: int) -> None:
         slot.dirty[index >> 3] |= 1 << (index & 7)
 
 
+class KeepsBytes(Protocol):
+    """Who looks at guest memory between runs."""
+
+    def lose_memory(self) -> None:
+        """Some of it goes away: look at none until `code_generation` was seen to have changed."""
+
+
 class Physical:
     """Guest-physical memory of a plain VM, and what the other kinds share."""
 
@@ -91,6 +99,7 @@ class Physical:
         self._changes = memory.changes
         self.generation = 0  # counts changes after which every vCPU must drop its translations
         self.code_generation = 0  # counts changes after which translated blocks may be wrong
+        self.code_caches: WeakSet[KeepsBytes] = WeakSet()
         self.windows: dict[int, Window] = {}  # by id(owner)
         self._blocks: dict[int, object] = {}  # owners of blocks' windows, by address
         self.dropped = 0  # counts windows that went away
@@ -274,10 +283,17 @@ class Physical:
         else:
             self.flush_range(slot.gfn, slot.pages)
 
+    def _lose_code(self) -> None:
+        """Code may be among what goes away: nobody compares it with what was translated from it any more."""
+        self.code_generation += 1
+        for cache in list(self.code_caches):
+            cache.lose_memory()
+
     def drop_window(self, owner: object) -> None:
         """The owner's memory goes away."""
         window = self.windows.pop(id(owner), None)
         if window is not None:
+            self._lose_code()
             self.dropped += 1
             span = max(_WINDOW_ALIGN, 1 << (window.size + PAGE - 1).bit_length())
             self._free.setdefault(span, []).append(window.base)
