@@ -134,3 +134,14 @@ def test_a_limit_that_binds_us_is_named(build: Build, anyone: tuple[str, ...], l
     assert done.returncode == 1 and "KVM_CREATE_VCPU: " in done.stdout, done.stdout + done.stderr
     assert done.stderr.startswith(f"sevmm exec: ulimit {option} binds the model"), done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_program_that_may_not_be_looked_into(build: Build, anyone: tuple[str, ...]) -> None:
+    """It is executable, but not readable: we cannot serve it, and say so."""
+    closed = build("plain").with_name("plain-closed")
+    shutil.copy(build("plain"), closed)
+    closed.chmod(0o711)
+    os.chown(closed, 1, 1)
+    done = Under("exec", before=anyone).run(closed)
+    assert done.stderr.startswith("sevmm exec: a program may not be looked into"), done.stdout + done.stderr
+    assert done.returncode in (0, 1) and done.stderr.count("\n") == 1

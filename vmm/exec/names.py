@@ -6,6 +6,7 @@ a path that is not ours is short: read it, look at its end, and let the kernel g
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
@@ -32,6 +33,9 @@ _FIRST_READ = 96  # bytes of a path that are read at once: nearly every path is 
 _BY_PATH_ALONE = frozenset((calls.OPEN, calls.ACCESS, calls.STAT, calls.LSTAT, calls.READLINK, *calls.XATTRS))  # others: a directory first
 _FD_LINK = re.compile(rb"(?:/proc/(self|thread-self|[0-9]{1,9})(?:/task/[0-9]+)?|/dev)/fd/([0-9]{1,9})")
 _U32 = 0xFFFFFFFF
+_OUT_OF_REACH = (
+    "a program may not be looked into, so it sees this machine as it is: you may not read its file, or it has said PR_SET_DUMPABLE 0"
+)
 _AT_FDCWD = -100 & _U32
 
 
@@ -60,6 +64,8 @@ class Names:
             try:
                 found += memory.read(address + len(found), size)
             except Errno:
+                if ctypes.get_errno() == errno.EPERM:
+                    self._up.say_once(_OUT_OF_REACH)
                 return b""  # the kernel will find the same
             end = found.find(b"\0")
             if end >= 0:
