@@ -186,7 +186,11 @@ class Watcher:
             self._watched.add(inside)
             if len(self._watched) == 1:
                 self._wake, self.asleep = threading.Event(), False
-                threading.Thread(target=self._main, args=(self._wake,), name="sevmm-signals", daemon=True).start()
+                try:
+                    threading.Thread(target=self._main, args=(self._wake,), name="sevmm-signals", daemon=True).start()
+                except RuntimeError:  # no more threads
+                    self._watched.discard(inside)
+                    raise
 
     def remove(self, inside: Inside) -> None:
         """It is gone; with the last one the thread ends."""

@@ -145,3 +145,14 @@ def test_a_program_that_may_not_be_looked_into(build: Build, anyone: tuple[str, 
     done = Under("exec", before=anyone).run(closed)
     assert done.stderr.startswith("sevmm exec: a program may not be looked into"), done.stdout + done.stderr
     assert done.returncode in (0, 1) and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("threads", range(1, 10))
+def test_few_threads(build: Build, nobody: tuple[str, ...], threads: int) -> None:
+    """Where the user's limit leaves none for us we say so; with those that we have at the start a guest runs."""
+    limit = (*bounded(resource.RLIMIT_NPROC, threads, threads), *nobody)
+    done = Under("exec", before=limit).run(build("plain"), limit=15, cwd=Path("/"))
+    assert done.stderr == "" if done.returncode == 0 else "no more processes or threads can be started here" in done.stderr, done
+    assert done.returncode in (0, 1, 4) and done.stderr.count("\n") == (done.returncode != 0), done.stderr
+    assert done.returncode == 4 if threads < 3 else True
+    assert done.returncode == 0 if threads > 8 else True

@@ -27,6 +27,7 @@ from vmm.exec.files import Entry
 from vmm.exec.names import Names
 from vmm.exec.notify import Notification
 from vmm.exec.paths import Fields, Paths, pack_stat
+from vmm.exec.refusals import NO_THREADS
 
 if TYPE_CHECKING:
     from vmm.exec.log import Pending
@@ -90,9 +91,13 @@ class Dispatcher:
             if failure.errno not in _SHORTAGES:
                 self._up.internal_error()
             self._answer(notification, -(failure.errno or errno.EIO))
-        except Exception:
-            self._up.internal_error()
-            self._answer(notification, -errno.EIO)
+        except Exception as failure:
+            if str(failure) == "can't start new thread":
+                self._up.say_once(NO_THREADS)
+                self._answer(notification, -errno.ENOMEM)
+            else:
+                self._up.internal_error()
+                self._answer(notification, -errno.EIO)
         finally:
             del self.waiting[notification.id]
 

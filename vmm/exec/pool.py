@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from kvmapi.model.signals import leave_signals_to_others
 from vmm.exec.memory.sigbus import without_cpuid
@@ -53,9 +54,17 @@ class Pool:
         self.answered = 0
 
     def start(self) -> None:
-        """The first leader, and the watchman."""
+        """The first leader, the one that follows, and the watchman. RuntimeError: there can be no such threads. With these there is
+        somebody to answer what the first one's answer makes the program ask, even where there can be no more.
+        """
         self._run(self._watch, "sevmm-watchman")
-        self._promote()
+        for _ in range(2):
+            worker = _Worker()
+            self._run(partial(self._main, worker, parked=True), "sevmm-answers")
+            self._parked.append(worker)
+            self._threads += 1
+        with self._lock:
+            self._promote()
 
     def stop(self) -> None:
         """Nobody can ask any more. Threads that still wait for something end with the process."""
@@ -85,8 +94,10 @@ class Pool:
             else:
                 self._threads += 1
 
-    def _main(self, me: _Worker) -> None:
+    def _main(self, me: _Worker, parked: bool = False) -> None:
         leave_signals_to_others()
+        if parked:
+            me.turn.acquire()
         receive, handle, lock, buffer = self._listener.receive, self._handle, self._lock, bytearray(80)
         number = 0
         while not self._stopping:

@@ -28,6 +28,7 @@ _PTRACE = (
 )
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _STATUS = Path("/proc/self/status")
+NO_THREADS = "no more processes or threads can be started here: raise `ulimit -u` or `ulimit -v`, or the container's limit of processes"
 
 
 def install_refused(number: int, status: Path = _STATUS) -> CannotExec:

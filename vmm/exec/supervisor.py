@@ -31,7 +31,7 @@ from vmm.exec.options import CannotExec, ExecOptions
 from vmm.exec.paths import Paths
 from vmm.exec.pool import Pool
 from vmm.exec.processes import Processes
-from vmm.exec.refusals import CONTAINERS, files_refused, install_refused, memory_refused, reach
+from vmm.exec.refusals import CONTAINERS, NO_THREADS, files_refused, install_refused, memory_refused, reach
 from vmm.exec.tracing import cpuid
 from vmm.exec.tracing.tracer import Tracer
 
@@ -112,6 +112,8 @@ class Supervisor:
             self.child = launch.Child(options.argv, calls.program(high))
         except launch.InstallError as failure:
             raise install_refused(failure.number) from failure
+        except BlockingIOError:  # of fork(2)
+            raise CannotExec(NO_THREADS) from None
         _close_to_others()
         self.listener = self.child.listener
         self.tracer = Tracer(partial(cpuid.seen, self.platform.host_cpuid, cpuid.native), self.child.ended, self._explain)
@@ -142,9 +144,7 @@ class Supervisor:
             self.pool.start()
         except RuntimeError:
             self.child.give_up()
-            raise CannotExec(
-                "threads cannot be started here: raise `ulimit -u` or `ulimit -v`, or the container's limit of processes"
-            ) from None
+            raise CannotExec(NO_THREADS) from None
         failure = self.child.exec_failure()
         status = self.child.wait(self.tracer.reap, self._still_running, WATCHER.job_continued)
         self.pool.stop()

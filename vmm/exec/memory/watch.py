@@ -57,8 +57,10 @@ class Watch:
             if monotonic() - self._looked > FRESH:
                 self.look()
             if self._thread is None and not self._closed:
-                self._thread = threading.Thread(target=self._watch, name="mappings", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._watch, name="mappings", daemon=True)
+                with contextlib.suppress(RuntimeError):  # no more threads: a change is noticed when a vCPU enters
+                    thread.start()
+                    self._thread = thread
 
     def leave(self) -> None:
         """It has left."""
