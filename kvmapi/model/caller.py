@@ -171,7 +171,8 @@ class ProcessMemory:
             iovec = self._iovec
             cells = iovec.cells
             cells[0], cells[1], cells[2], cells[3] = iovec.small_at, size, address & _U64, size
-            if _readv(self._pid, iovec.at, 1, iovec.remote_at, 1, 0) != size:
+            done = _readv(self._pid, iovec.at, 1, iovec.remote_at, 1, 0)
+            if done != size and self._copy(_readv, iovec.small_at, address, size) != size:  # which may know more
                 raise Errno(errno.EFAULT)
             return iovec.small[:size].tobytes()
         buffer = ctypes.create_string_buffer(size)

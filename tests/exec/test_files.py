@@ -35,7 +35,7 @@ class Slow:
 
 def test_two_threads_get_numbers_of_their_own() -> None:
     table, got = FileTable(FIRST), list[int]()
-    call = SimpleNamespace(id=0, access=None, close_on_exec=True, process=SimpleNamespace(tgid=os.getpid()))
+    call = SimpleNamespace(id=0, thread=os.getpid(), access=None, close_on_exec=True, process=SimpleNamespace(tgid=os.getpid()))
 
     def one() -> None:
         got.append(table.install(Slow(), call, Guarded()))  # type: ignore[arg-type]
