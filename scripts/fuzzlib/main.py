@@ -13,14 +13,22 @@ from typing import Any
 
 from fuzzlib.calls import Log
 from fuzzlib.fuzzer import Plan, child
-from fuzzlib.processes import ENVIRONMENT, positive
+from fuzzlib.processes import ENVIRONMENT, INTERRUPTED, positive
 
 TREE = Path(__file__).resolve().parents[2]
 _CHILD = "import sys; sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]; from fuzzlib.main import main; sys.exit(main())"
 
 
 def main() -> int:
-    """Exit status 0 when nothing was found, 1 when something was, 2 usage."""
+    """Exit status 0 when nothing was found, 1 when something was, 2 usage, 130 Ctrl-C."""
+    try:
+        return _main()
+    except KeyboardInterrupt:
+        print("fuzz: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _main() -> int:
     if sys.argv[1:2] == ["snippets"]:
         from fuzzlib import snippets
 

@@ -30,6 +30,7 @@ TREE = Path(__file__).absolute().parents[2]
 ENVIRONMENT = {**os.environ, "MALLOC_ARENA_MAX": "1"}
 """Of the processes: with an arena per thread, what the allocator keeps would look like a leak."""
 
+INTERRUPTED = 130
 _START = "import sys; sys.path[:0] = [sys.argv.pop(1), sys.argv.pop(1)]; "
 _STATE = struct.Struct("<QQQ")  # index + 1 of the turn that runs, turns done, whether it is where `Subject.where` says
 _LOOK = 0.1  # seconds
@@ -122,17 +123,26 @@ def options(subject: Subject, count: int) -> argparse.ArgumentParser:
 
 def main(subject: Subject, plan: Plan, take: Callable[[dict[str, Any]], None], summary: Callable[[int, float], dict[str, Any]]) -> int:
     """Run it: `take` gets what each process said, `summary(done, seconds)` gives what is printed, to which seed, processes and findings
-    are added. Exit status 0 when nothing was found, 1 when something was.
+    are added. Exit status 0 when nothing was found, 1 when something was, 130 after Ctrl-C: then what running processes had to say is
+    missing.
     """
     more = "".join(f" of {value}" for value in plan.more.values())
     print(f"fuzz: seed {plan.seed}, {plan.count:,} {subject.units}{more} in {plan.processes} processes", file=sys.stderr)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes end too
     parent = _Parent(subject, plan, take)
-    done, seconds = parent.run()
+    interrupted = False
+    try:
+        parent.run()
+    except KeyboardInterrupt:
+        interrupted = True
+    done, seconds = parent.done, parent.seconds
     found = {"seed": plan.seed, "processes": plan.processes, **summary(done, seconds), "findings": parent.findings}
-    print(json.dumps({subject.units: done, "seconds": round(seconds, 1), **found}, indent=2))
+    print(json.dumps({subject.units: done, "seconds": round(seconds, 1), "interrupted": interrupted, **found}, indent=2))
     for finding in parent.findings:
         print(f"fuzz: FOUND {finding['what']}\nfuzz: again: {finding['again']}", file=sys.stderr)
+    if interrupted:
+        print("fuzz: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return 1 if parent.findings else 0
 
 
@@ -200,9 +210,10 @@ class _Parent:
     def __init__(self, subject: Subject, plan: Plan, take: Callable[[dict[str, Any]], None]) -> None:
         self._subject, self._plan, self._take = subject, plan, take
         self.findings: list[dict[str, Any]] = []
+        self.done, self.seconds = 0, 1e-9
 
-    def run(self) -> tuple[int, float]:
-        """Until all is done; how many turns, and seconds."""
+    def run(self) -> None:
+        """Until all is done; `done` turns in `seconds` then, and also where it ends before."""
         plan, start = self._plan, time.monotonic()
         with tempfile.TemporaryDirectory(prefix="sevmm-fuzz-") as name:
             (Path(name) / "state").write_bytes(bytes(_STATE.size * plan.processes))
@@ -222,10 +233,9 @@ class _Parent:
                     if place.process is not None and place.process.poll() is None:
                         place.process.kill()
                         place.process.wait()
-            done, seconds = sum(place.done() for place in places), time.monotonic() - start
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
-        return done, seconds
+                self.done, self.seconds = sum(place.done() for place in places), time.monotonic() - start
+                if sys.stderr.isatty():
+                    print(file=sys.stderr)
 
     def _look(self, place: _Place, left: float) -> None:
         said, index, finding = place.look()

@@ -9,6 +9,7 @@ import ctypes
 import json
 import random
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,32 @@ hostile.Machine.one, Vcpu.run = _one, _run
     summary = json.loads(captured.out)
     assert [finding["index"] for finding in summary["findings"]] == [2] and said in summary["findings"][0]["what"]
     assert "--seed 3 --first 2 --count 1" in captured.err
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("subject", ["snippets", "sev"])
+def test_ctrl_c_ends_the_processes_and_says_how_far_it_was(
+    subject: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from fuzzlib import processes
+
+    started: list[subprocess.Popen[bytes]] = []
+    look = processes._Place.look
+
+    def interrupted(place: Any) -> Any:
+        assert place.process is not None
+        started.append(place.process)
+        if place.done() > 1:
+            raise KeyboardInterrupt
+        return look(place)
+
+    monkeypatch.setattr(processes._Place, "look", interrupted)
+    assert run(monkeypatch, subject, "--count", "1000000", "--processes", "2") == 130
+    said = capfd.readouterr()
+    summary = json.loads(said.out)
+    assert summary["interrupted"] and summary["findings"] == [] and 1 < summary[{"sev": "sequences"}.get(subject, subject)] < 1000000
+    assert said.err.endswith("fuzz: interrupted\n")
+    assert all(process.poll() is not None for process in started)
 
 
 @pytest.mark.model
