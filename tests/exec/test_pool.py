@@ -33,13 +33,14 @@ class Calls:
 
 
 def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call lasts, and no thread can be had for the next one, at first: it is answered when there is one."""
-    calls, long, asked, done = Calls(), threading.Event(), threading.Event(), threading.Event()
+    """Two calls last, and no thread can be had for the next one, at first: it is answered when there is one."""
+    calls, long, done = Calls(), threading.Event(), threading.Event()
+    asked = threading.Semaphore(0)
     refused = 0
 
     def handle(notification: Notification) -> None:
-        if notification.tid == 1:
-            asked.set()
+        if notification.tid < 3:
+            asked.release()
             long.wait(20)
         else:
             done.set()
@@ -56,14 +57,15 @@ def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None
         start(main, name)
 
     monkeypatch.setattr(pool, "_run", run)
-    calls.coming.put(Notification(1, 1, *(0,) * 10))
-    assert asked.wait(5)
-    calls.coming.put(Notification(2, 2, *(0,) * 10))
+    for number in (1, 2):
+        calls.coming.put(Notification(number, number, *(0,) * 10))
+        assert asked.acquire(timeout=5), "a second thread is there from the start"
+    calls.coming.put(Notification(3, 3, *(0,) * 10))
     try:
         assert done.wait(5), "nobody answers any more"
         assert refused == 3
     finally:
         long.set()
         pool.stop()
-        for _ in range(3):
+        for _ in range(4):
             calls.coming.put(None)
