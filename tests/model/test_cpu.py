@@ -51,6 +51,14 @@ def test_valid_hypercalls_exit(model_host: Any, text: bytes, gpa: int, pages: in
         assert guest.run() == Hlt() and guest.regs().rax == U64 - 22 and guest.regs().rip == CODE + 4
 
 
+@pytest.mark.parametrize("text", [code("480f01d9f4", ".byte 0x48; vmmcall; hlt"), code("3e0f01d9f4", ".byte 0x3e; vmmcall; hlt")])
+def test_hypercalls_with_prefixes_that_mean_nothing(model_host: Any, text: bytes) -> None:
+    with HcGuest(model_host, text) as guest:
+        assert isinstance(guest.call(0x1000, 1), Hypercall)
+        guest.vcpu.answer_hypercall(7)
+        assert guest.run() == Hlt() and guest.regs().rax == 7 and guest.regs().rip == CODE + len(text)
+
+
 @pytest.mark.parametrize(("gpa", "pages"), [(0x800, 1), (0, 0), (0x1000, 0), (U64 - PAGE, U64 - 1), (PAGE, U64 - 1)])
 def test_invalid_hypercalls(model_host: Any, gpa: int, pages: int) -> None:
     with HcGuest(model_host) as guest:

@@ -17,6 +17,7 @@ import pytest
 
 from kvmapi.abi import kvm
 from kvmapi.exits import Hlt, Io
+from kvmapi.model.signals import LOOK, WATCHER
 from kvmapi.model.vcpu import VcpuFile
 from tests.conformance.snippets import LongGuest, Machine, code
 from tests.model.test_idle_vcpus import file_of
@@ -102,3 +103,25 @@ def test_hlt_is_not_undone(model_host: Any, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(file.cpu, "go", interrupted)
         assert guest.vcpu.run() == EINTR and guest.vcpu.kvm_run.exit_reason == kvm.KVM_EXIT_INTR
         assert guest.vcpu.get_mp_state() == kvm.KVM_MP_STATE_HALTED
+
+
+def test_nobody_watches_while_nobody_is_inside(model_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that looks for signals sleeps, also while a run loop runs the guest unwatched; who enters by ioctl wakes it."""
+    woken: list[bool] = []
+    wake = WATCHER.wake
+    monkeypatch.setattr(WATCHER, "wake", lambda: (woken.append(True), wake()))
+    with LongGuest(model_host, TWICE) as guest:
+        until_asleep()
+        run = model_host.runner(guest.vcpu.fd)
+        assert run() == 0 and guest.vcpu.kvm_run.exit_reason == kvm.KVM_EXIT_IO
+        assert WATCHER.asleep and not woken
+        assert isinstance(guest.run(), Io) and woken == [True]
+        until_asleep()
+        assert guest.run() == Hlt() and woken == [True, True]
+
+
+def until_asleep() -> None:
+    end = time.monotonic() + 10
+    while not WATCHER.asleep:
+        assert time.monotonic() < end
+        time.sleep(LOOK)

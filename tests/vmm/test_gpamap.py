@@ -94,6 +94,18 @@ def test_a_removed_slot_is_forgotten_even_when_it_was_used_last() -> None:
         m.remove_slot(7)
 
 
+def test_how_far_slots_reach_is_asked_again_when_slots_change() -> None:
+    m, _ = build()
+    assert m.covered_until(5 * PAGE_SIZE) == m.covered_until(39 * PAGE_SIZE) == 40 * PAGE_SIZE
+    assert m.covered_until(40 * PAGE_SIZE) == 40 * PAGE_SIZE, "behind the last page is a hole"
+    m.add_slot(3, 40 * PAGE_SIZE, PAGE_SIZE)
+    assert m.covered_until(5 * PAGE_SIZE) == 41 * PAGE_SIZE
+    assert m.covered_until(100 * PAGE_SIZE) == 70_100 * PAGE_SIZE
+    assert m.covered_until(0) == 41 * PAGE_SIZE and m.covered_until(99 * PAGE_SIZE) == 99 * PAGE_SIZE
+    m.remove_slot(1)
+    assert m.covered_until(5 * PAGE_SIZE) == 24 * PAGE_SIZE and m.covered_until(30 * PAGE_SIZE) == 30 * PAGE_SIZE
+
+
 @pytest.mark.parametrize(
     ("slot", "gpa", "size", "word"),
     [

@@ -120,6 +120,24 @@ def test_a_handler_sees_every_exit_and_may_answer_it(any_host: Any) -> None:
     assert outcome.exits == {"IO": 2}
 
 
+@pytest.mark.parametrize("watched", [False, True])
+def test_hypercalls_are_answered_alike_whether_somebody_looks_or_not(model_host: Any, watched: bool) -> None:
+    """With a handler each exit is an object; without, the run loop gives the dispatcher the numbers."""
+    seen: list[Exit] = []
+    # 0, -EINVAL (reserved bits), -KVM_ENOSYS: the sum of their negatives is the exit code, modulo 256
+    code = flat.hypercall(0x800000, 1, 0x10) + b"\x48\x89\xc6"  # mov rsi, rax
+    code += flat.hypercall(0x800000, 1, 0x20) + b"\x48\x01\xc6"  # add rsi, rax
+    code += flat.hypercall(0, 0, 0, number=99) + b"\x48\x01\xf0" + flat.NEGATE + flat.exit_with_eax()  # add rax, rsi
+    with Machine(config(model_host, code)) as machine:
+        if watched:
+            machine.handlers.append(lambda _vcpu, exit: bool(seen.append(exit)))
+        outcome = machine.run(10)
+        assert (outcome.exit_code, outcome.exits) == ((22 + 1000) % 256, {"HYPERCALL": 2, "IO": 1})
+        assert machine.converter.total == 1 and machine.converter.map.is_private(0x800000)
+        assert machine.dispatcher.refused == 1 and "reserved" in machine.dispatcher.last_refusal
+    assert [exit.name for exit in seen] == (["HYPERCALL", "HYPERCALL", "IO"] if watched else [])
+
+
 def test_what_a_hook_raises_comes_out_after_everything_stopped(any_host: Any) -> None:
     def hook(stage: int) -> None:
         raise ZeroDivisionError(stage)
