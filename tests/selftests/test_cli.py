@@ -122,6 +122,14 @@ def test_a_suite_that_cannot_be_imported_is_a_failure(run: Run) -> None:
     assert "not ok 1 cannot_import" in out.splitlines()
 
 
+def test_a_missing_package_is_told_once(tree: Path) -> None:
+    """Not as a failure of each suite that needs it."""
+    hidden = "import sys; sys.modules['pyroaring'] = None; from vmm.cli import main; sys.exit(main(['selftest', '--on', 'model']))"
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, cwd=tree, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (70, "") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("sevmm: the Python package 'pyroaring' is missing; get it: pip install pyroaring")
+
+
 def test_in_this_process_for_a_debugger(run: Run) -> None:
     assert run("good", "--on", "model", "-j", "0")[0] == 0
 

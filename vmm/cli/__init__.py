@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from vmm.cli import status
 
-__all__ = ["main"]
+__all__ = ["main", "missing_package"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,13 +63,19 @@ def _dispatch(argv: Sequence[str] | None) -> int:
 
 def describe(error: BaseException) -> str:
     """One line for an error that nobody expected, with the way to its traceback."""
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in ("vmm", "kvmapi", "guest"):
-        return f"the Python package {error.name!r} is missing; get it: pip install {error.name}, or start with scripts/sevmm"
+    if package := missing_package(error):
+        return f"the Python package {package!r} is missing; get it: pip install {package}, or start with scripts/sevmm"
     text = " ".join(str(error).split())
     if isinstance(error, OSError):
         return f"{text or type(error).__name__} (SEVMM_DEBUG=1 shows where)"
     kind = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return f"internal error: {kind} (SEVMM_DEBUG=1 shows the traceback)"
+
+
+def missing_package(error: BaseException) -> str:
+    """The Python package that we depend on and that is not installed; "" for other errors."""
+    name = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+    return "" if name.split(".")[0] in ("vmm", "kvmapi", "guest") else name
 
 
 def _flushed(code: int) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from vmm.cli import selftest_table, status
+from vmm.cli import missing_package, selftest_table, status
 from vmm.cli.selftest_table import COLOURS
 from vmm.cli.style import Style, is_terminal
 from vmm.selftests import collect, ktap, report, runner
@@ -77,8 +77,13 @@ def _check_target(path: str) -> None:
 
 
 def _select(options: argparse.Namespace) -> tuple[list[Item], list[Result]]:
-    """What to run, and a failed result for each suite that cannot be imported. Raises `UsageError` where nothing is left."""
+    """What to run, and a failed result for each suite that cannot be imported. Raises `UsageError` where nothing is left, and
+    ModuleNotFoundError where a package is missing: that is one matter, and no suite's.
+    """
     items, failures = collect.select(options.patterns, options.type, options.dialect, collect.PACKAGE)
+    missing = next((failure for failure in failures.values() if missing_package(failure)), None)
+    if missing is not None:
+        raise missing
     everything = not options.patterns
     broken = [
         Result(suite, "import", "plain", "mainline", FAIL, f"the suite cannot be imported: {type(failure).__name__}: {failure}")
