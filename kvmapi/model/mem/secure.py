@@ -22,29 +22,29 @@ from collections.abc import Callable
 
 from kvmapi.model.mem.arena import FRAMES, PAGE, Arena
 from kvmapi.model.mem.cipher import ROOM, PageCipher
+from kvmapi.model.mem.compare import Comparison
 
 _KEEP = 256  # frames kept over an exit: each costs 0.3 µs at the next entry
 _HOT = 64  # frames that stay writable over an exit: each costs a checksum at every exit
 
 
 class Frame:
-    """One page of plaintext. `home` is the caller's page as our process sees it.
+    """One page of plaintext. `home` is the caller's page as our process sees it, and `cipher` what we last left or found there.
 
-    `writable`: some TLB may hold a writable entry. `unsaved`: it may differ from the ciphertext; a frame stays so as
-    long as it is writable.
+    `writable`: some TLB may hold a writable entry. Then, or where the model wrote, it may differ from the ciphertext: it is among the
+    unsaved ones of its `SecureMemory`, and stays there as long as it is writable.
     """
 
-    __slots__ = ("address", "checksum", "cipher", "executed", "home", "index", "plain", "unsaved", "writable")
+    __slots__ = ("address", "checksum", "cipher", "executed", "home", "index", "plain", "writable")
 
     def __init__(self, index: int, address: int, home: memoryview, plain: memoryview) -> None:
         self.index = index
         self.address = address
         self.home = home
         self.plain = plain
-        self.cipher = b""
+        self.cipher = bytearray(PAGE)
         self.checksum = 0
-        self.writable = self.unsaved = False
-        self.executed = False
+        self.writable = self.executed = False
 
 
 def page_view(pointer: int) -> memoryview:
@@ -62,6 +62,8 @@ class SecureMemory:
         self.arena = Arena()
         self._keyed = False  # the vault is open for us, from the first page that needs the key until nobody is inside
         self._frames: dict[int, Frame] = {}
+        self._homes = Comparison()  # of all frames: what stands at home, and `cipher`
+        self._unsaved: set[Frame] = set()
         self._free = list(range(FRAMES - 1, -1, -1))
         self._inside = 0
         self._on_flush = on_flush
@@ -73,23 +75,26 @@ class SecureMemory:
         self._inside += 1
         if self._inside == 1:
             self.arena.open_door()
-            for frame in self._frames.values():
-                if bytes(frame.home) != frame.cipher:
-                    self._load(frame)
-                    if frame.executed:
-                        self._on_code_change()
+            homes = self._homes
+            if homes.differing(homes.at, homes.count) != homes.count:
+                self._load_changed()
+
+    def _load_changed(self) -> None:
+        for frame in self._frames.values():
+            if bytes(frame.home) != frame.cipher:
+                self._load(frame)
+                if frame.executed:
+                    self._on_code_change()
 
     def leave(self) -> None:
         """A vCPU leaves KVM_RUN: every changed page is ciphertext in the caller's memory before this returns."""
-        writable = 0
         try:
-            for frame in self._frames.values():
-                if frame.unsaved:
+            if self._unsaved:
+                for frame in list(self._unsaved):
                     self._store(frame)
-                    writable += frame.writable
             if len(self._frames) > _KEEP:
                 self.evict_all()
-            elif writable > _HOT:
+            elif len(self._unsaved) > _HOT:
                 self._on_flush()
         finally:
             self._inside -= 1
@@ -126,8 +131,10 @@ class SecureMemory:
             frame = Frame(index, address, page_view(pointer), self.arena.view[index * PAGE : (index + 1) * PAGE])
             self._load(frame)
             self._frames[address] = frame
+            self._homes.put(address, pointer, frame.cipher)
         if write:
-            frame.writable = frame.unsaved = True
+            frame.writable = True
+            self._unsaved.add(frame)
         return frame
 
     def mark_executed(self, address: int) -> None:
@@ -140,12 +147,13 @@ class SecureMemory:
         """The model itself wrote to this frame."""
         frame = self._frames.get(address)
         if frame is not None:
-            frame.unsaved = True
+            self._unsaved.add(frame)
 
     def evict(self, address: int) -> None:
         """Write one page back and forget its plaintext: it is about to be seen another way."""
         frame = self._frames.pop(address, None)
         if frame is not None:
+            self._homes.drop(address)
             self._drop(frame)
             self._on_flush()
 
@@ -154,11 +162,12 @@ class SecureMemory:
         for frame in self._frames.values():
             self._drop(frame)
         self._frames.clear()
+        self._homes.clear()
         self._on_flush()
 
     def translations_gone(self) -> None:
         """Every vCPU's TLB was flushed: a page is written again only through `frame`."""
-        for frame in self._frames.values():
+        for frame in self._unsaved:  # as all are that may be written
             frame.writable = False
 
     def destroy(self) -> None:
@@ -168,13 +177,15 @@ class SecureMemory:
             frame.plain[:] = bytes(PAGE)
         self.arena.work.hidden[:] = bytes(ROOM)
         self._frames.clear()
+        self._homes.clear()
+        self._unsaved.clear()
         self.close()
         self.arena.destroy()
 
     # ---- one page
     def _load(self, frame: Frame) -> None:
         self._unlock()
-        frame.cipher = bytes(frame.home)
+        frame.cipher[:] = frame.home
         # From secret memory to secret memory: a copy on the heap would stay readable there after it is freed.
         frame.plain[:] = self.cipher.decrypt_part(frame.address, frame.cipher, self.arena.work)
         frame.checksum = zlib.crc32(frame.plain)
@@ -182,17 +193,19 @@ class SecureMemory:
     def _store(self, frame: Frame) -> None:
         # A checksum decides whether the page changed. A guest that forges a collision only leaves older ciphertext in
         # the VMM's view.
-        frame.unsaved = frame.writable
+        if not frame.writable:
+            self._unsaved.discard(frame)
         checksum = zlib.crc32(frame.plain)
         if checksum != frame.checksum:
             self._unlock()
             frame.checksum = checksum
-            frame.cipher = bytes(self.cipher.encrypt_part(frame.address, frame.plain, self.arena.work))
+            frame.cipher[:] = self.cipher.encrypt_part(frame.address, frame.plain, self.arena.work)
             frame.home[:] = frame.cipher
 
     def _drop(self, frame: Frame) -> None:
-        if frame.unsaved:
+        if frame in self._unsaved:
             self._store(frame)
+            self._unsaved.discard(frame)
         if frame.executed:
             self._on_code_change()
         frame.plain[:] = bytes(PAGE)

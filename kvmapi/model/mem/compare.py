@@ -1,4 +1,5 @@
-"""Are all pages of code what they were? Asked at every entry of the guest, of every page, so machine code compares them.
+"""Are all pages what they were? Asked at every entry of the guest, of each page of code (cpu/code.py) and each page that stands decrypted
+(secure.py), so machine code compares them.
 
 A hundred pages cost 10 µs where Python's own comparison, a page at a time, costs 60; a kernel executes some thousand.
 
@@ -46,6 +47,7 @@ class Comparison:
     def __init__(self) -> None:
         self._pairs = array("Q")
         self._places: dict[int, int] = {}
+        self._keys: list[int] = []  # in the order of the pairs
         self.differing: Callable[[int, int], int] = _first_difference()[0]  # the first of (at, count) that differs, or count
         self.at = self.count = 0  # of the pairs
 
@@ -55,9 +57,22 @@ class Comparison:
         place = self._places.get(key)
         if place is None:
             self._places[key] = len(self._pairs)
+            self._keys.append(key)
             self._pairs.extend((pointer, other))
         else:
             self._pairs[place], self._pairs[place + 1] = pointer, other
+        self._moved()
+
+    def drop(self, key: int) -> None:
+        """No longer compare this pair. The last one takes its place."""
+        place, last = self._places.pop(key), self._keys.pop()
+        other, pointer = self._pairs.pop(), self._pairs.pop()
+        if last != key:
+            self._pairs[place], self._pairs[place + 1] = pointer, other
+            self._places[last], self._keys[place // 2] = place, last
+        self._moved()
+
+    def _moved(self) -> None:
         self.at, self.count = self._pairs.buffer_info()
         self.count //= 2
 
@@ -65,6 +80,7 @@ class Comparison:
         """No pairs any more."""
         self._pairs = array("Q")
         self._places.clear()
+        self._keys.clear()
         self.count = 0
 
     def same(self) -> bool:
