@@ -29,10 +29,10 @@ from collections.abc import Callable
 
 from kvmapi.model.caller import PAGE
 from kvmapi.model.cpu import blocks, hazards, scan
-from kvmapi.model.mem.compare import Comparison
 from kvmapi.model.cpu.marks import EXIT, NONE, STOP, WATCH, Marks
 from kvmapi.model.cpu.native import Native
 from kvmapi.model.cpu.scan import Site
+from kvmapi.model.mem.compare import Comparison
 from kvmapi.model.mem.secure import page_view
 
 _TAIL = scan.MAX_LENGTH - 1
