@@ -128,6 +128,7 @@ class _Iovec(threading.local):
         self.small_at = ctypes.addressof(ctypes.c_char.from_buffer(self.small))
         self.at = ctypes.addressof(cells)
         self.remote_at = self.at + 16
+        self.all = self.cells, self.at, self.remote_at, self.small, self.small_at  # what is a thread's own costs to find
 
 
 @functools.cache
@@ -168,13 +169,12 @@ class ProcessMemory:
 
     def read(self, address: int, size: int) -> bytes:
         if size <= _SMALL:  # `_copy` in place: nearly every ioctl begins with this
-            iovec = self._iovec
-            cells = iovec.cells
-            cells[0], cells[1], cells[2], cells[3] = iovec.small_at, size, address & _U64, size
-            done = _readv(self._pid, iovec.at, 1, iovec.remote_at, 1, 0)
-            if done != size and self._copy(_readv, iovec.small_at, address, size) != size:  # which may know more
+            cells, at, remote_at, small, small_at = self._iovec.all
+            cells[0], cells[1], cells[2], cells[3] = small_at, size, address & _U64, size
+            done = _readv(self._pid, at, 1, remote_at, 1, 0)
+            if done != size and self._copy(_readv, small_at, address, size) != size:  # which may know more
                 raise Errno(errno.EFAULT)
-            return iovec.small[:size].tobytes()
+            return small[:size].tobytes()
         buffer = ctypes.create_string_buffer(size)
         if self._copy(_readv, ctypes.addressof(buffer), address, size) != size:
             raise Errno(errno.EFAULT)

@@ -120,7 +120,7 @@ class Mmu:
         self._shadow = self._shadows.switch(0, 0, 0, 0, 0, self.max_phys_bits)
         self._refused: tuple[int, int, Shadow, Mapping] | None = None  # the conversion that a backing refused last, and its access
         self._stores: set[int] = set()  # pages, as our process sees them, that some TLB entry may let the guest store to unseen
-        self._slots: dict[int, TlbEntry] = {}  # views of where the engine wants the answer
+        self._slots: dict[int, memoryview] = {}  # views of where the engine wants the answer
         self._callback = TlbFill(self.fill)
         self._extents = Extents(native.state, where.efer, ctypes.cast(self._callback, ctypes.c_void_p).value or 0)
         native.hook_tlb_fill(self._extents.function(), self._extents.block)
@@ -145,18 +145,18 @@ class Mmu:
                         page = None
                 if page is None:
                     address, allowed, gfn, pointer = self._convert(va, kind, access)
-                slot.paddr = address
+                slot[0] = address
                 if kind == _FETCH:
                     # Code may be where loads are refused (SMAP) or see something else (the C-bit clear).
-                    slot.perms = _READ_EXECUTE if allowed >> (access & ~3) & 1 else _EXECUTE
+                    slot[1] = _READ_EXECUTE if allowed >> (access & ~3) & 1 else _EXECUTE
                     self._fetched(va, gfn, pointer, address)
                 elif allowed >> (access & ~3 | 1) & 1:
-                    slot.perms = _READ_WRITE
+                    slot[1] = _READ_WRITE
                     if pointer in self._code.pointers:
                         self._stored_to_code(pointer)
                     self._stores.add(pointer)
                 else:
-                    slot.perms = _READ
+                    slot[1] = _READ
                 if physical.generation == self.generation:
                     return True
                 self._drop_all()
@@ -178,11 +178,11 @@ class Mmu:
             return self._kept[1]
         return self._native.fault_address(self._invalid_addr)
 
-    def _slot(self, address: int) -> TlbEntry:
-        """The engine's answer slot. It stands on the C stack, at one of a few addresses."""
+    def _slot(self, address: int) -> memoryview:
+        """The engine's answer slot, a TlbEntry, as two words. It stands on the C stack, at one of a few addresses."""
         if len(self._slots) >= _MAX_SLOTS:
             self._slots.clear()
-        slot = self._slots[address] = TlbEntry.from_address(address)
+        slot = self._slots[address] = memoryview(TlbEntry.from_address(address)).cast("B").cast("Q")
         return slot
 
     # ---- 2. and 3. conversion, and what is kept of it

@@ -32,7 +32,7 @@ class ProtectedPhysical(Physical):
 
     def locate(self, gfn: int, encrypted: bool, write: bool) -> tuple[Window, int, bool]:
         slot = self.slots.find(gfn)
-        if gfn in self.private:
+        if self.private.has(gfn):
             if slot is None or slot.gmem is None:
                 raise Refused("fault", gfn * PAGE, private=True)
             return self._in_gmem(gfn, slot, private=True)
