@@ -35,16 +35,17 @@ class Frame:
     unsaved ones of its `SecureMemory`, and stays there as long as it is writable.
     """
 
-    __slots__ = ("address", "checksum", "cipher", "executed", "home", "index", "plain", "writable")
+    __slots__ = ("address", "checksum", "cipher", "compared", "executed", "home", "index", "plain", "writable")
 
     def __init__(self, index: int, address: int, home: memoryview, plain: memoryview) -> None:
         self.index = index
         self.address = address
         self.home = home
         self.plain = plain
-        self.cipher = bytearray(PAGE)
+        self.cipher = bytearray(home)
         self.checksum = 0
         self.writable = self.executed = False
+        self.compared = False  # at each entry: since the first exit
 
 
 def page_view(pointer: int) -> memoryview:
@@ -62,7 +63,8 @@ class SecureMemory:
         self.arena = Arena()
         self._keyed = False  # the vault is open for us, from the first page that needs the key until nobody is inside
         self._frames: dict[int, Frame] = {}
-        self._homes = Comparison()  # of all frames: what stands at home, and `cipher`
+        self._homes = Comparison()  # of all frames but the new ones: what stands at home, and `cipher`
+        self._new: list[Frame] = []  # since a vCPU entered; many do not live until it leaves
         self._unsaved: set[Frame] = set()
         self._free = list(range(FRAMES - 1, -1, -1))
         self._inside = 0
@@ -82,7 +84,8 @@ class SecureMemory:
     def _load_changed(self) -> None:
         for frame in self._frames.values():
             if bytes(frame.home) != frame.cipher:
-                self._load(frame)
+                frame.cipher[:] = frame.home
+                self._decrypt(frame)
                 if frame.executed:
                     self._on_code_change()
 
@@ -96,10 +99,19 @@ class SecureMemory:
                 self.evict_all()
             elif len(self._unsaved) > _HOT:
                 self._on_flush()
+            if self._new:
+                self._compare_new()
         finally:
             self._inside -= 1
             if self._inside == 0:
                 self.close()
+
+    def _compare_new(self) -> None:
+        for frame in self._new:
+            if self._frames.get(frame.address) is frame:
+                self._homes.put(frame.address, ctypes.addressof(ctypes.c_char.from_buffer(frame.home)), frame.cipher)
+                frame.compared = True
+        self._new.clear()
 
     def save_all(self) -> None:
         """No vCPU runs: every page is ciphertext in the caller's memory, and none is cached, when this returns."""
@@ -129,9 +141,9 @@ class SecureMemory:
                 self.evict_all()
             index = self._free.pop()
             frame = Frame(index, address, page_view(pointer), self.arena.view[index * PAGE : (index + 1) * PAGE])
-            self._load(frame)
+            self._decrypt(frame)
             self._frames[address] = frame
-            self._homes.put(address, pointer, frame.cipher)
+            self._new.append(frame)
         if write:
             frame.writable = True
             self._unsaved.add(frame)
@@ -153,7 +165,8 @@ class SecureMemory:
         """Write one page back and forget its plaintext: it is about to be seen another way."""
         frame = self._frames.pop(address, None)
         if frame is not None:
-            self._homes.drop(address)
+            if frame.compared:
+                self._homes.drop(address)
             self._drop(frame)
             self._on_flush()
 
@@ -162,6 +175,7 @@ class SecureMemory:
         for frame in self._frames.values():
             self._drop(frame)
         self._frames.clear()
+        self._new.clear()
         self._homes.clear()
         self._on_flush()
 
@@ -177,15 +191,15 @@ class SecureMemory:
             frame.plain[:] = bytes(PAGE)
         self.arena.work.hidden[:] = bytes(ROOM)
         self._frames.clear()
+        self._new.clear()
         self._homes.clear()
         self._unsaved.clear()
         self.close()
         self.arena.destroy()
 
     # ---- one page
-    def _load(self, frame: Frame) -> None:
+    def _decrypt(self, frame: Frame) -> None:
         self._unlock()
-        frame.cipher[:] = frame.home
         # From secret memory to secret memory: a copy on the heap would stay readable there after it is freed.
         frame.plain[:] = self.cipher.decrypt_part(frame.address, frame.cipher, self.arena.work)
         frame.checksum = zlib.crc32(frame.plain)
