@@ -156,6 +156,18 @@ def test_the_guest_runs_on_after_the_vmm_looked(guest: SevGuest) -> None:
             guest.put(MIB, os.urandom(PAGE))
 
 
+def test_each_page_that_stands_decrypted_is_compared_at_an_entry_and_no_other(model_host: Any, guest: SevGuest) -> None:
+    """A page that was given up may be the VMM's, and written all the time: it must not make each entry look at all of them."""
+    secure = model_host.file(guest.vm.fd).physical.secure
+    for number in range(12):
+        page = DATA + PAGE * (number % 5)
+        guest.store(page, number)
+        assert {frame.address for frame in secure._frames.values()} == set(secure._homes._keys)
+        guest.load(ALIAS + page if number % 3 else page)  # with the C-bit clear: given up
+        assert set(secure._frames) == set(secure._homes._keys) and secure._homes.same()
+        assert (guest.hva + page in secure._frames) == (number % 3 == 0)
+
+
 def test_fetches_are_private_whatever_the_c_bit(guest: SevGuest) -> None:
     """Code through the alias is decrypted all the same: the VMM cannot feed a guest shared code."""
     assert guest.again(rip=ALIAS + 0x10000, rbx=DATA) == Hlt()
