@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import signal
@@ -249,3 +250,51 @@ def test_a_mapping_that_has_grown_is_no_change() -> None:
     ctypes.CDLL(None).mprotect(ctypes.c_void_p(at + 2 * PAGE), ctypes.c_size_t(PAGE), 1)
     assert watch.look() and gone == [(at + PAGE, at + 3 * PAGE)]
     maps.close()
+
+
+class Killed:
+    """A call whose process is killed as soon as it is given something."""
+
+    busy: tuple[int, ...] = ()
+    ip = 0
+
+    def __init__(self, pid: int) -> None:
+        self.tid = pid
+        self.answers: list[int] = []
+
+    def add_fd(self, fd: int) -> int:
+        os.kill(self.tid, signal.SIGKILL)
+        os.waitid(os.P_PID, self.tid, os.WEXITED | os.WNOWAIT)
+        raise OSError(errno.ENOENT, "nobody waits")
+
+    def answer(self, result: int) -> bool:
+        self.answers.append(result)
+        return False
+
+
+@pytest.mark.parametrize("first", ["the conversion", "the process"])
+def test_a_process_killed_while_its_memory_becomes_shared(first: str) -> None:
+    """What was made for it is given back, whichever is noticed first; and no word about memory that cannot be shared."""
+    memory, at = private(4)
+    before = len(backing._all)
+    if (pid := os.fork()) == 0:
+        signal.pause()
+        os._exit(0)
+    try:
+        ram, held = Ram(pid), Killed(pid)
+
+        def action() -> int:
+            assert len(backing._all) == before + 1
+            if first == "the process":
+                ram.close()
+            return 5
+
+        ram.convert(held, at, 4 * PAGE, action)
+        if first == "the conversion":
+            ram.close()
+        assert (held.answers, ram.failure) == ([5], None)
+        assert len(backing._all) == before
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        memory.close()

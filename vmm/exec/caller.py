@@ -89,7 +89,12 @@ class Process:
     def __init__(self, tgid: int, tracer: Tracer | None = None) -> None:
         self.tgid = tgid
         self.leaving: set[int] = set()  # threads that have asked for another image, and may get it
-        self.pidfd = os.pidfd_open(tgid)
+        try:
+            self.pidfd = os.pidfd_open(tgid)
+        except OSError as failure:
+            if failure.errno in (errno.EINVAL, errno.ENOENT):  # what the kernel says while a process is being reaped
+                raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from None
+            raise
         self._maps, self._image = -1, b""
         with contextlib.suppress(OSError):  # it has ended meanwhile
             self._maps, self._image = os.open(f"/proc/{living(tgid)}/maps", os.O_RDONLY | os.O_CLOEXEC), _image(tgid)

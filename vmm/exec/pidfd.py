@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import signal
 
 _SYS_PIDFD_GETFD = 438
 _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
+_EXITING = 0x404  # PF_EXITING and PF_SIGNALED, in the flags that /proc/PID/stat shows
 _syscall = ctypes.CDLL(None, use_errno=True).syscall
 
 
@@ -35,6 +37,18 @@ def _lives(tgid: int, tid: int) -> bool:
             return stat.read(512).rpartition(b") ")[2][:1] not in b"ZX"
     except OSError:
         return False
+
+
+def ending(tgid: int, tid: int) -> bool:
+    """Has the thread ended, or been killed so that it is about to?"""
+    try:
+        with open(f"/proc/{tgid}/task/{tid}/stat", "rb", buffering=0) as stat:
+            words = stat.read(512).rpartition(b") ")[2].split()
+        with open(f"/proc/{tgid}/task/{tid}/status", "rb") as status:
+            pending = next(int(line.split()[1], 16) for line in status if line.startswith(b"SigPnd:"))
+    except OSError:
+        return True
+    return words[0] in b"ZX" or bool(int(words[6]) & _EXITING) or bool(pending >> signal.SIGKILL - 1 & 1)
 
 
 def copy_fd(pidfd: int, number: int) -> int:

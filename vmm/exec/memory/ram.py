@@ -27,6 +27,7 @@ from vmm.exec.memory.maps import Area, Maps
 from vmm.exec.memory.mirror import Mirror
 from vmm.exec.memory.remap import Conversion, Held, Piece, Tracer, from_file
 from vmm.exec.memory.watch import Watch
+from vmm.exec.pidfd import ending
 
 _STEPS = 2  # conversions in one mapping before it is converted ahead
 _GROWTH = 4
@@ -71,9 +72,22 @@ class Ram:
             if pieces:
                 conversion = Conversion(self.tgid, self._maps, held, pieces, action)
                 conversion.run(lambda: self._converted(conversion.converted), self.tracer)
-                self.failure = conversion.failure
-                return
-        held.answer(action())
+                self.failure = None if ending(self.tgid, held.tid) else conversion.failure
+        if not pieces:
+            held.answer(action())
+        elif self._closed:
+            self._drop_unused()
+
+    def _drop_unused(self) -> None:
+        """The process has ended: nothing will ever be converted into backings that were made in vain."""
+        if self._conversion.acquire(blocking=False):  # whoever has it will do that
+            try:
+                for known in self._backings:
+                    if not known.used:
+                        known.close()
+                self._backings.clear()
+            finally:
+                self._conversion.release()
 
     def _converted(self, pieces: list[Piece]) -> None:
         """The process is still held: what a guest has stored to mirrors of its pages goes there."""
@@ -258,6 +272,7 @@ class Ram:
                     view.blank()
         self._watch.close()
         self._maps.close()
+        self._drop_unused()
         backings.reap()
         views.bury(gone)
 
