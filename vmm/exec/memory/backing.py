@@ -152,6 +152,14 @@ def reap() -> list[Backing]:
     return gone
 
 
+def drop_unused(made: list[Backing]) -> None:
+    """Nothing will ever be converted into these: of the others, `reap` learns when they are dead."""
+    for backing in made:
+        if not backing.used:
+            backing.close()
+    made.clear()
+
+
 def _reopened(fd: int) -> int:
     return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
 

@@ -45,6 +45,15 @@ class Area(NamedTuple):
         """The kernel's own pages, which nothing can stand in for."""
         return self.name.startswith((b"[v", b"[uprobes"))
 
+    @property
+    def private(self) -> bool:
+        """The process's own memory, which can become shared."""
+        return not self.shared and not self.special
+
+    def allows(self, write: bool) -> bool:
+        """May the process read it, or write it too?"""
+        return self.prot & 3 == 3 if write else bool(self.prot & 1)
+
 
 class _Query(ctypes.Structure):
     _fields_ = (

@@ -61,7 +61,7 @@ class Ram:
         """Are there parts of [address, address+size) that must be made shared first?"""
         if size <= 0 or address < 0 or address % PAGE or size % PAGE or address + size > USER_TOP:
             return False  # the ioctl will refuse it
-        return any(_private(area) for area in self._maps.walk(address, address + size))
+        return any(area.private for area in self._maps.walk(address, address + size))
 
     def convert(self, held: Held, address: int, size: int, action: Callable[[], int]) -> None:
         """Make the private parts of the range shared, call `action` and give its result to the thread that is held. Where
@@ -82,10 +82,7 @@ class Ram:
         """The process has ended: nothing will ever be converted into backings that were made in vain."""
         if self._conversion.acquire(blocking=False):  # whoever has it will do that
             try:
-                for known in self._backings:
-                    if not known.used:
-                        known.close()
-                self._backings.clear()
+                backings.drop_unused(self._backings)
             finally:
                 self._conversion.release()
 
@@ -103,8 +100,8 @@ class Ram:
         pieces = []
         with self._lock:
             for part in self._maps.walk(start, end):
-                area = self._maps.area(part.start) if _private(part) else None
-                if area is None or not _private(area):
+                area = self._maps.area(part.start) if part.private else None
+                if area is None or not area.private:
                     continue
                 first, last = max(area.start, part.start & -area.page), min(area.end, (part.end + area.page - 1) & -area.page)
                 try:
@@ -163,7 +160,7 @@ class Ram:
         """May the process read (or write) the page at `address` now? Where it is mirrored it is up to date then."""
         address &= -PAGE
         area = self._maps.area(address)
-        if area is None or area.special or not _allows(area, write):
+        if area is None or area.special or not area.allows(write):
             return False
         if area.shared and backings.find(area.device, area.inode) is None and not self._reachable(address):
             return False
@@ -192,7 +189,7 @@ class Ram:
         """May the process read (or write) all of it? With `whole`, no part lies past the end of its file."""
         at, end = address & -PAGE, (address + size + PAGE - 1) & -PAGE
         for area in self._maps.walk(at, end):
-            if area.start != at or not _allows(area, write):
+            if area.start != at or not area.allows(write):
                 return False
             if backings.find(area.device, area.inode) is None and not self._reachable(area.end - PAGE if whole else at):
                 return False
@@ -361,11 +358,3 @@ class Ram:
         for view in self._views:
             if view.covers(address, address + PAGE) and view.paint_at(address)[0] == views.MIRROR:
                 yield view.pointer(address)
-
-
-def _private(area: Area) -> bool:
-    return not area.shared and not area.special
-
-
-def _allows(area: Area, write: bool) -> bool:
-    return area.prot & 3 == 3 if write else bool(area.prot & 1)
