@@ -84,6 +84,8 @@ def test_the_programs_own_faults_are_its_own(build: Build, under: Under, faultin
 def test_a_new_image_begins_anew(build: Build, under: Under, faulting: None) -> None:
     done = under.run(build("cpuid"), "exec", build("cpuid"), "show")
     assert done.stdout.startswith(f"old {MODELS}\nmain {MODELS}\n"), done.stdout + done.stderr
+    done = under.run(build("cpuid"), "threadexec", build("cpuid"), "show")
+    assert done.stdout.startswith(f"main {MODELS}\n"), done.stdout + done.stderr
     done = under.run(build("cpuid"), "exec", "sh", "-c", "exit 3")
     assert done.returncode == 3 and done.stdout == f"old {MODELS}\n"
 

@@ -62,14 +62,17 @@ class Processes:
             return None
         return None if process is None or (process.leaving and not self._stays(process, tid)) else process
 
-    def leaves(self, tid: int) -> None:
-        """The thread's process becomes another program, if its exec succeeds."""
+    def leaves(self, tid: int) -> int:
+        """The thread's process becomes another program, if its exec succeeds. The thread's number is then the one returned."""
+        tgid = tid
         with contextlib.suppress(ProcessLookupError):
-            process = self._by_group.get(_group_of(tid))
+            tgid = _group_of(tid)
+            process = self._by_group.get(tgid)
             if process is not None:
                 if len(process.leaving) >= _MANY_LEAVING:
                     process.leaving = {one for one in set(process.leaving) if os.path.exists(f"/proc/{process.tgid}/task/{one}")}
                 process.leaving.add(tid)
+        return tgid
 
     def _stays(self, process: Process, tid: int) -> bool:
         """Is it still the program that it was? `tid` makes a call, so no exec of its own is under way."""

@@ -184,8 +184,7 @@ class Supervisor:
 
     def new_image(self, tid: int) -> None:
         """The process is about to become another program: its memory, as we know it, ends then."""
-        self.processes.leaves(tid)
-        self.fresh.add(tid)
+        self.fresh.add(self.processes.leaves(tid))
         if len(self.fresh) > _MANY_FRESH:
             self.fresh = {one for one in self.fresh if os.path.exists(f"/proc/{one}")}
 

@@ -3,6 +3,7 @@
  *   cpuid segv            a fault of the program's own reaches its handler, with the right address
  *   cpuid die             ... and kills it where there is none
  *   cpuid exec PROGRAM    becomes another program
+ *   cpuid threadexec ...  the same, by a thread that is not the first
  *   cpuid stop            stops itself by SIGSTOP between two CPUIDs
  *   cpuid many            threads that come and go, each with its CPUIDs and a signal
  *   cpuid read FILE       opens a file first of all, and waits there if it is a FIFO
@@ -51,6 +52,12 @@ static void *busy(void *arg)
 	return 0;
 }
 
+static void *become(void *words)
+{
+	execvp(*(char **)words, words);
+	return NULL;
+}
+
 int main(int argc, char **argv)
 {
 	const char *what = argc > 1 ? argv[1] : "show";
@@ -73,6 +80,11 @@ int main(int argc, char **argv)
 	} else if (!strcmp(what, "die")) {
 		show("before");
 		*(volatile int *)0x1234 = 1;
+	} else if (!strcmp(what, "threadexec")) {
+		pthread_t thread;
+
+		pthread_create(&thread, NULL, become, argv + 2);
+		pthread_join(thread, NULL);
 	} else if (!strcmp(what, "exec")) {
 		show("old");
 		execvp(argv[2], argv + 2);
