@@ -32,11 +32,17 @@ _U32 = 0xFFFFFFFF
 
 
 def is_kvm(tgid: int, tid: int, fd: int) -> bool:
-    """Is this fd of a thread an open of the machine's own /dev/kvm?"""
+    """Is this fd of a thread an open of the machine's own /dev/kvm, and not of its name only (O_PATH)?"""
     with contextlib.suppress(OSError):
-        status = os.stat(f"/proc/{tgid}/task/{tid}/fd/{fd}")
-        return stat.S_ISCHR(status.st_mode) and status.st_rdev == KVM_RDEV
+        if is_node(os.stat(f"/proc/{tgid}/task/{tid}/fd/{fd}")):
+            with open(f"/proc/{tgid}/task/{tid}/fdinfo/{fd}", "rb") as lines:
+                return not any(line.startswith(b"flags:") and int(line.split()[1], 8) & os.O_PATH for line in lines)
     return False
+
+
+def is_node(status: os.stat_result) -> bool:
+    """Is this file the machine's own /dev/kvm?"""
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == KVM_RDEV
 
 
 class Fallthrough:

@@ -20,7 +20,7 @@ from kvmapi.model.sev.device import SevDevice
 from kvmapi.model.system import KvmDevice
 from vmm.exec import filter as calls
 from vmm.exec.caller import Call
-from vmm.exec.files import Entry
+from vmm.exec.fallthrough import is_node
 from vmm.exec.launch import limits
 from vmm.exec.notify import Notification
 from vmm.exec.paths import Paths, absolute
@@ -32,6 +32,8 @@ _PATH_MAX = 4096
 _FIRST_READ = 96  # bytes of a path that are read at once: nearly every path is shorter
 _BY_PATH_ALONE = frozenset((calls.OPEN, calls.ACCESS, calls.STAT, calls.LSTAT, calls.READLINK, *calls.XATTRS))  # others: a directory first
 _FD_LINK = re.compile(rb"(?:/proc/(self|thread-self|[0-9]{1,9})(?:/task/[0-9]+)?|/dev)/fd/([0-9]{1,9})")
+_HOW = struct.Struct("<QQQ")  # struct open_how: flags, mode, resolve
+_FLAGS, _RESOLVE, _BENEATH = 0x7FFFC3, 0x3F, 8
 _U32 = 0xFFFFFFFF
 _OUT_OF_REACH = (
     "a program may not be looked into, so it sees this machine as it is: you may not read its file, or it has said PR_SET_DUMPABLE 0"
@@ -90,17 +92,18 @@ class Names:
         if n.tid in self._up.fresh:
             self._up.image_starts(n)
         if name is None and b"/fd/" in path and (link := self._link(n.tid, path)) is not None:
-            if not isinstance(link.file, KvmDevice | SevDevice):
+            file = self._files.by_inode(link.st_dev, link.st_ino)
+            if file is None:
+                name = "/dev/kvm" if is_node(link) else None  # the machine's own, opened with O_PATH
+            elif isinstance(file.file, KvmDevice | SevDevice):
+                name = "/dev/kvm" if isinstance(file.file, KvmDevice) else "/dev/sev"
+            else:
                 self._answer(n, -errno.ENXIO)  # what the kernel says of a file that nobody opened by name
                 return
-            name = "/dev/kvm" if isinstance(link.file, KvmDevice) else "/dev/sev"
         if name is None:
             self._proceed(n.id)
             return
-        if n.nr == calls.OPENAT2:
-            flags = struct.unpack("<Q", self._up.peek(n.tid).read(n.a2, 8))[0]
-        else:
-            flags = n.a1 if n.nr == calls.OPEN else n.a2
+        flags = self._how(n, path) if n.nr == calls.OPENAT2 else n.a1 if n.nr == calls.OPEN else n.a2
         call = Call(self._listener, self._files, self._up.processes.sure(n.tid), n.id, n.tid, n.ip)
         call.close_on_exec, call.access = bool(flags & os.O_CLOEXEC), flags & (os.O_ACCMODE | os.O_NONBLOCK)
         if self._up.fallthrough is not None and self._up.fallthrough.opens(name):
@@ -113,6 +116,18 @@ class Names:
             self._proceed(n.id)
         else:
             self._up.conclude(call, "open", {"path": name, "flags": hex(flags)}, result)
+
+    def _how(self, n: Notification, path: bytes) -> int:
+        """The flags of an openat2(2) that is made as it must be. Raises Errno."""
+        if n.a3 < _HOW.size:
+            raise Errno(errno.EINVAL)
+        flags, mode, resolve = _HOW.unpack(self._up.peek(n.tid).read(n.a2, _HOW.size))
+        creates = flags & (os.O_CREAT | os.O_TMPFILE & ~os.O_DIRECTORY)
+        if flags & ~_FLAGS or resolve & ~_RESOLVE or mode & ~0o7777 or (mode and not creates):
+            raise Errno(errno.EINVAL)
+        if resolve & _BENEATH and path.startswith(b"/"):
+            raise Errno(errno.EXDEV)
+        return int(flags)
 
     def _opened(self, name: str, flags: int, call: Call) -> int | None:
         """The result of opening a name of ours; None: it is the kernel's to answer."""
@@ -128,8 +143,8 @@ class Names:
                 return -errno.ENOTDIR
             if flags & os.O_CREAT and flags & os.O_EXCL:
                 return -errno.EEXIST
-            if flags & os.O_PATH:
-                return self._give(call, os.open("/dev/null", os.O_PATH | os.O_CLOEXEC))  # it stands for a name, and takes no calls
+            if flags & os.O_PATH:  # no such fd can be given to another process: the machine's own will do, if it is one
+                return None if _has_node(call.thread, name) else -errno.ENXIO
             self._files.take_news()
             if small := limits():
                 self._up.say_once(f"ulimit {small} binds the model, too: VMs, vCPUs or guest memory may be refused for want of room")
@@ -154,17 +169,16 @@ class Names:
         finally:
             os.close(fd)
 
-    def _link(self, tid: int, path: bytes) -> Entry | None:
-        """What of ours an open by the name of an open fd (/proc/self/fd/7, /dev/fd/7) would open."""
+    def _link(self, tid: int, path: bytes) -> os.stat_result | None:
+        """What an open by the name of an open fd (/proc/self/fd/7, /dev/fd/7) would open."""
         found = _FD_LINK.fullmatch(path)
         if found is None:
             return None
         whose = found[1] or b""
         try:
-            status = os.stat(f"/proc/{int(whose) if whose.isdigit() else tid}/fd/{int(found[2])}")
+            return os.stat(f"/proc/{int(whose) if whose.isdigit() else tid}/fd/{int(found[2])}")
         except OSError:
             return None
-        return self._files.by_inode(status.st_dev, status.st_ino)
 
     def ask(self, n: Notification) -> None:
         name = self._named(n, self._asked_path(n))
@@ -202,3 +216,11 @@ class Names:
             return
         self._up.say_once(f"32-bit code of the program asked for {name}: only 64-bit programs are served (ENODEV)")
         self._answer(n, -errno.ENODEV)
+
+
+def _has_node(tid: int, name: str) -> bool:
+    """Is the machine's own /dev/kvm where this thread would find the name?"""
+    try:
+        return is_node(os.stat(f"/proc/{tid}/root{name}"))
+    except OSError:
+        return False

@@ -54,6 +54,13 @@ int main(int argc, char **argv)
 	expect("O_DIRECTORY", number(open(node, O_RDWR | O_DIRECTORY)), -ENOTDIR);
 	fd = open(node, O_PATH);
 	expect("O_PATH takes no ioctl", call(fd, KVM_GET_API_VERSION, 0), -EBADF); /* or there is no such fd */
+	snprintf(own, sizeof(own), "/proc/self/fd/%d", fd);
+	if (fd >= 0)
+		expect("  opened through it", call(open(own, O_RDWR), KVM_GET_API_VERSION, 0), call(open(node, O_RDWR), KVM_GET_API_VERSION, 0));
+	expect("openat2 of too little", number(syscall(SYS_openat2, dev, name, &(struct open_how_){ .flags = O_RDWR }, 8)), -EINVAL);
+	expect("openat2 with wrong flags", number(syscall(SYS_openat2, dev, name, &(struct open_how_){ .flags = ~0UL }, 24)), -EINVAL);
+	expect("openat2 with a mode", number(syscall(SYS_openat2, dev, name, &(struct open_how_){ .mode = 1 }, 24)), -EINVAL);
+	expect("openat2 beneath a directory", number(syscall(SYS_openat2, dev, node, &(struct open_how_){ .resolve = 8 }, 24)), -EXDEV);
 	chdir("/dev");
 	expect("relative to the current directory", (fd = open(name, O_RDWR)) >= 0, 1);
 	expect("a name beside it", number(open(strcat(strcpy(text, node), "x"), O_RDWR)), -ENOENT);
