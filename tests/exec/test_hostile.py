@@ -17,6 +17,7 @@ CASES = {
     "storm": ("--platform", "sev,asids=1"),
     "faults": (),
     "lease": (),
+    "stack": (),
 }
 
 

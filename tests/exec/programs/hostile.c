@@ -222,6 +222,33 @@ static int own_filter(void)
 	return verdict();
 }
 
+/* The whole stack becomes RAM. It grows afterwards as before. */
+static long deep(int left)
+{
+	volatile char frame[PAGE];
+
+	frame[0] = left;
+	return left ? deep(left - 1) + frame[0] - (char)left : 0;
+}
+
+static int stack(void)
+{
+	FILE *maps = fopen("/proc/self/maps", "r");
+	unsigned long start, end = 0;
+	char line[300];
+	int vm = must(ioctl(must(open("/dev/kvm", O_RDWR), "/dev/kvm"), KVM_CREATE_VM, 0), "a VM");
+
+	while (!end && fgets(line, sizeof(line), maps))
+		if (strstr(line, "[stack]"))
+			sscanf(line, "%lx-%lx", &start, &end);
+	fclose(maps);
+	expect("all of the stack in a slot", set_region(vm, 0, 0, (void *)start, end - start), 0);
+	expect("calls that go deep", deep(500), 0);
+	expect("its lowest page alone", set_region(vm, 1, MIB, (void *)start, PAGE), 0);
+	expect("calls that go deeper", deep(1000), 0);
+	return verdict();
+}
+
 /* RAM in a file on which the program has a lease: who opens it for writing would have to wait until that is given up. */
 static int lease(void)
 {
@@ -251,7 +278,7 @@ int main(int count, char **words)
 {
 	static const struct { const char *name; int (*does)(void); } all[] = {
 		{ "failed-exec", failed_exec }, { "exec", exec }, { "exec32", exec32 }, { "heir", heir }, { "few-fds", few_fds },
-		{ "storm", storm }, { "faults", faults }, { "never", never }, { "lease", lease }, { "own-filter", own_filter },
+		{ "storm", storm }, { "faults", faults }, { "never", never }, { "lease", lease }, { "stack", stack }, { "own-filter", own_filter },
 	};
 
 	vm_fd = words[count - 1];

@@ -104,6 +104,10 @@ class Ram:
                 if area is None or not area.private:
                     continue
                 first, last = max(area.start, part.start & -area.page), min(area.end, (part.end + area.page - 1) & -area.page)
+                if area.name == b"[stack]" and first == area.start:  # only private memory grows: its lowest page stays so
+                    first += PAGE
+                    if first == last:
+                        continue
                 try:
                     chosen = self._backing(area, first, last)
                     before = chosen.conversions(first)
