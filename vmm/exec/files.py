@@ -105,7 +105,6 @@ class FileTable:
             return self._installed(listener, call, file, stand_in)
 
     def _installed(self, listener: Listener, call: Call, file: File, stand_in: StandIn) -> int:
-        at: int | None = None
         try:
             ours = os.open(f"/proc/self/fd/{stand_in.fd}", (stand_in.access if call.access is None else call.access) | os.O_CLOEXEC)
         except OSError as failure:
@@ -123,17 +122,25 @@ class FileTable:
             with self._lock:
                 self._entries[key] = Entry(file, call.process, stand_in.guarded, isinstance(file, VcpuFile))
                 self._watches[watch] = key
-            at = self._free_number(call) if stand_in.guarded else None
-            return listener.add_fd(call.id, ours, close_on_exec=call.close_on_exec and not isinstance(file, GuestMemfdFile), at=at)
+            return self._added(listener, call, ours, stand_in.guarded, call.close_on_exec and not isinstance(file, GuestMemfdFile))
         except OSError as failure:
             with self._lock:
                 if key is not None:
                     self._entries.pop(key, None)
             file.fd_closed()
-            beyond = at is not None and failure.errno == errno.EBADF  # of the number that was asked for
-            raise Errno(errno.EMFILE if beyond else failure.errno or errno.EMFILE) from None
+            raise Errno(failure.errno or errno.EMFILE) from None
         finally:
             os.close(ours)
+
+    def _added(self, listener: Listener, call: Call, fd: int, guarded: bool, close_on_exec: bool) -> int:
+        """Put it into the caller's table: the number, which is a guarded one if need be and if it may have any. Raises OSError."""
+        if guarded:
+            try:
+                return listener.add_fd(call.id, fd, close_on_exec=close_on_exec, at=self._free_number(call))
+            except OSError as failure:
+                if failure.errno != errno.EBADF:  # beyond its RLIMIT_NOFILE
+                    raise
+        return listener.add_fd(call.id, fd, close_on_exec=close_on_exec)
 
     def _free_number(self, call: Call) -> int:
         """The lowest free number of those that the filter guards."""

@@ -75,6 +75,7 @@ static int few_fds(void)
 	int kvm = must(open("/dev/kvm", O_RDWR), "/dev/kvm"), vm = must(ioctl(kvm, KVM_CREATE_VM, 1), "a VM");
 
 	must(setrlimit(RLIMIT_NOFILE, &limit), "setrlimit");
+	expect("a guest_memfd", call(vm, MINI_CREATE_GUEST_MEMFD, &one) >= 0, 1);
 	for (int i = 0; i < 200; i++)
 		dup(0);
 	expect("a VM without room", number(ioctl(kvm, KVM_CREATE_VM, 1)), -EMFILE);
