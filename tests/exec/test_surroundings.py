@@ -156,3 +156,18 @@ def test_few_threads(build: Build, nobody: tuple[str, ...], threads: int) -> Non
     assert done.returncode in (0, 1, 4) and done.stderr.count("\n") == (done.returncode != 0), done.stderr
     assert done.returncode == 4 if threads < 3 else True
     assert done.returncode == 0 if threads > 8 else True
+
+
+FEW = {"instances": ("0", 4, "max_user_instances"), "watches": ("2", 1, "max_user_watches")}
+
+
+@pytest.mark.parametrize("what", FEW)
+def test_little_inotify(build: Build, what: str) -> None:
+    """A user's share of it is used up: the user reads which setting that is."""
+    value, status, word = FEW[what]
+    before = ("unshare", "-Ur", "sh", "-c", f'echo {value} >/proc/sys/user/max_inotify_{what} && exec "$@"', "sh")
+    probe = subprocess.run([*before, "true"], capture_output=True, text=True, check=False)
+    if probe.returncode:
+        pytest.skip(f"needs user namespaces: {probe.stderr.strip()}; get it: sysctl user.max_user_namespaces=1000")
+    done = Under("exec", before=before).run(build("plain"))
+    assert done.returncode == status and word in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -65,6 +65,7 @@ class FileTable:
     def __init__(self, first_guarded: int, memlock: bool = False, released: Callable[[File], None] | None = None) -> None:
         self.memlock = memlock
         self._released = released
+        self.say: Callable[[str], None] = lambda words: None  # told once to the user
         self._first_guarded = first_guarded
         self._entries: dict[Key, Entry] = {}
         self._watches: dict[int, Key] = {}
@@ -118,7 +119,10 @@ class FileTable:
             key = status.st_dev, status.st_ino
             watch = int(_libc.inotify_add_watch(self.news, b"/proc/self/fd/%d" % ours, _IN_CLOSE))
             if watch < 0:
-                raise OSError(ctypes.get_errno(), "inotify")
+                number = ctypes.get_errno()
+                if number == errno.ENOSPC:
+                    self.say("no file of a VM can be watched any more: raise sysctl fs.inotify.max_user_watches")
+                raise OSError(number, "inotify")
             with self._lock:
                 self._entries[key] = Entry(file, call.process, stand_in.guarded, isinstance(file, VcpuFile))
                 self._watches[watch] = key

@@ -49,6 +49,13 @@ def install_refused(number: int, status: Path = _STATUS) -> CannotExec:
     return CannotExec(f"seccomp user notification failed: {errno_words(number)}")
 
 
+def news_refused(number: int) -> CannotExec:
+    """inotify_init1(2) failed with errno `number`."""
+    if number == errno.EMFILE:
+        return CannotExec("too many of your processes use inotify: raise sysctl fs.inotify.max_user_instances")
+    return CannotExec(f"inotify cannot be used here: {errno_words(number)}")
+
+
 def memory_refused(number: int, yama: Path = _YAMA) -> CannotExec:
     """The program's memory, or its threads, cannot be reached: errno `number` of process_vm_readv or ptrace."""
     scope = _scope(yama)

@@ -31,7 +31,7 @@ from vmm.exec.options import CannotExec, ExecOptions
 from vmm.exec.paths import Paths
 from vmm.exec.pool import Pool
 from vmm.exec.processes import Processes
-from vmm.exec.refusals import CONTAINERS, NO_THREADS, files_refused, install_refused, memory_refused, reach
+from vmm.exec.refusals import CONTAINERS, NO_THREADS, files_refused, install_refused, memory_refused, news_refused, reach
 from vmm.exec.tracing import cpuid
 from vmm.exec.tracing.tracer import Tracer
 
@@ -103,7 +103,11 @@ class Supervisor:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         table = min(soft, _LARGEST_TABLE)
         high = table - table // _GUARDED_PART
-        self.files = FileTable(high, self.platform.memlock, self.log.released if self.log is not None else None)
+        try:
+            self.files = FileTable(high, self.platform.memlock, self.log.released if self.log is not None else None)
+        except OSError as failure:
+            raise news_refused(failure.errno or 0) from None
+        self.files.say = self.say_once
         self.fallthrough = self._kernel() if options.fallthrough else None
         self.fresh: set[int] = set()  # threads whose new program image has not asked anything yet
         self._local = _Local()
