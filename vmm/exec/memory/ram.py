@@ -16,22 +16,20 @@ import contextlib
 import errno
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from kvmapi.model.caller import PAGE, USER_TOP, Errno
 from vmm.exec.memory import backing as backings
-from vmm.exec.memory import copying, sigbus, views
+from vmm.exec.memory import copying, views
 from vmm.exec.memory.backing import Backing
 from vmm.exec.memory.maps import Area, Maps
-from vmm.exec.memory.mirror import Mirror
+from vmm.exec.memory.painting import Painting
 from vmm.exec.memory.remap import Conversion, Held, Piece, Tracer, from_file
 from vmm.exec.memory.watch import Watch
 from vmm.exec.pidfd import ending
 
 _STEPS = 2  # conversions in one mapping before it is converted ahead
 _GROWTH = 4
-_CHECKED = 64
 
 
 class Ram:
@@ -42,17 +40,14 @@ class Ram:
         self.tracer = tracer
         self.failure: OSError | None = None  # why the last conversion did not work
         self._maps = Maps(tgid)
-        self._views: list[views.View] = []
-        self._mirror = Mirror(tgid, self._mirrored)
         self._backings: list[Backing] = []
-        self._checked: deque[tuple[int, int]] = deque(maxlen=_CHECKED)  # ranges whose paint is known to be right
-        self._hidden: set[tuple[int, int]] = set()  # files that there is no way to
-        self._rescues = 0
         self._generation = 0
         self._closed = False
         self._conversion = threading.Lock()
         self._lock = threading.RLock()
         self._watch = Watch(self._maps, self._lock, self._moved)
+        self._painting = Painting(tgid, self._maps, self._watch.use)
+        self._mirror = self._painting.mirror
         self.watch = self._watch.add_vm
         self.changes = 0  # counts changes of mappings after which what is known of pages is void
 
@@ -136,9 +131,7 @@ class Ram:
         with self._lock:
             gone = backings.reap()
             self._backings = [known for known in self._backings if known not in gone]
-            for view in self._views:
-                for dead in gone:
-                    view.strip(*dead.key)
+            self._painting.strip([dead.key for dead in gone])
 
     # ---- what the model asks
     def pointer(self, address: int, size: int) -> int:
@@ -147,9 +140,7 @@ class Ram:
         with self._lock:
             try:
                 view = self._view(address, end)
-                self._refresh()
-                if not any(first <= address and end <= last for first, last in self._checked):
-                    self._repaint(address, end)
+                self._painting.bring_up_to_date(address, end)
             except OSError as failure:
                 raise Errno(failure.errno or errno.ENOMEM) from None
             return view.pointer(address)
@@ -171,11 +162,9 @@ class Ram:
         with self._lock:
             try:
                 view = self._view(address, address + PAGE)
-                self._refresh()
-                self._paint(area.start, area.end, area)
+                self._painting.paint(area)
             except OSError:
                 return False
-            self._watch.use(area.start, area.end, area)
             return view.paint_at(address)[0] != views.MIRROR or self._mirror.add(address)
 
     def reach(self, address: int, write: bool) -> int:
@@ -217,11 +206,10 @@ class Ram:
     def _moved(self, ranges: list[tuple[int, int]]) -> None:
         """The process has mapped something else there."""
         self.changes += 1
-        self._checked.clear()
-        self._hidden.clear()
+        self._painting.forget()
         for start, end in ranges:
             with contextlib.suppress(OSError):
-                self._repaint(start, end)
+                self._painting.repaint(start, end)
 
     def _reachable(self, address: int) -> bool:
         """Is there a page behind the mapping? Past the end of its file there is none."""
@@ -257,8 +245,7 @@ class Ram:
         self._maps.forget()
         self._watch.doubt()
         with self._lock:
-            self._checked.clear()
-            self._hidden.clear()
+            self._painting.forget()
 
     def close(self) -> None:
         """The process has ended, or has another program. A vCPU may still be running, or an ioctl be at work: for them there
@@ -266,99 +253,19 @@ class Ram:
         """
         with self._lock:
             self._closed = True
-            gone, self._views = self._views, []
-            self._checked.clear()
-            for view in gone:
-                with contextlib.suppress(OSError):
-                    view.blank()
+            gone = self._painting.close()
         self._watch.close()
         self._maps.close()
         self._drop_unused()
         backings.reap()
         views.bury(gone)
 
-    # ---- views
     def _view(self, start: int, end: int) -> views.View:
+        """The view of the range, as it will be once it is painted. Under the lock. Raises OSError."""
         if self._closed:
             raise OSError(errno.ESRCH, os.strerror(errno.ESRCH))
-        for view in self._views:
-            if view.covers(start, end):
-                return view
-        made = views.View(start, end)
-        self._views.append(made)
-        return made
-
-    def _refresh(self) -> None:
-        """Was anything painted over since the last time?"""
-        rescues = sigbus.rescues()
-        if rescues != self._rescues:
-            self._rescues = rescues
-            self._checked.clear()
-            for view in self._views:
-                view.doubt()
         if self._maps.generation != self._generation:  # another program: its addresses start afresh
             self._generation = self._maps.generation
-            self._checked.clear()
             self._backings.clear()
-            self._mirror.drop(0, USER_TOP)
-            for view in self._views:
-                view.blank()
-
-    def _repaint(self, start: int, end: int) -> None:
-        """Bring the views of [start, end) up to date with what the process has mapped there: whole mappings, so that the
-        next question finds them done.
-        """
-        at = start
-        while at < end:
-            area = self._maps.next(at)
-            if area is None or area.start > at:
-                until = min(area.start if area is not None else end, end)
-                self._paint(at, until, None)
-                self._watch.use(at, until, None)
-            else:
-                start, until = min(start, area.start), area.end
-                self._watch.use(area.start, area.end, area)
-                self._paint(area.start, area.end, area)
-            at = until
-        self._checked.append((start, at))
-
-    def _paint(self, start: int, end: int, area: Area | None) -> None:
-        """[start, end), a part of `area`, in every view that has some of it. Raises OSError."""
-        paint = views.NOTHING
-        if area is not None and not area.special:
-            there = area.shared and (area.device, area.inode) not in self._hidden
-            paint = views.Paint(area.device, area.inode, area.offset - area.start) if there else views.MIRROR
-        for view in self._views:
-            first, last = max(start, view.start), min(end, view.end)
-            if first < last and not view.is_painted(first, last, paint):
-                if area is not None and paint not in (views.NOTHING, views.MIRROR):
-                    paint = self._paint_file(view, first, last, paint, area)
-                else:
-                    view.paint(first, last, paint)
-                if paint == views.MIRROR:
-                    self._mirror.fill(first, last, view.pointer(first))
-
-    def _paint_file(self, view: views.View, first: int, last: int, paint: views.Paint, area: Area) -> views.Paint:
-        """The file of a shared mapping, or a mirror where there is no way to it. Raises OSError."""
-        known = backings.find(area.device, area.inode)
-        if known is not None:
-            view.paint(first, last, paint, known.fd)
-            return paint
-        found = backings.file_of(self.tgid, area.device, area.inode, area.start, area.end, area.name)
-        if found is not None:
-            fd, writable = found
-            try:
-                for attempt in (writable, False):
-                    with contextlib.suppress(PermissionError):  # sealed against writing
-                        view.paint(first, last, paint, fd, attempt)
-                        return paint
-            finally:
-                os.close(fd)
-        self._hidden.add((area.device, area.inode))
-        view.paint(first, last, views.MIRROR)
-        return views.MIRROR
-
-    def _mirrored(self, address: int) -> Iterator[int]:
-        for view in self._views:
-            if view.covers(address, address + PAGE) and view.paint_at(address)[0] == views.MIRROR:
-                yield view.pointer(address)
+            self._painting.start_afresh()
+        return self._painting.view(start, end)
