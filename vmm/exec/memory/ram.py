@@ -1,13 +1,14 @@
 """Guest RAM of a traced process: its memory, seen in our address space at the same time.
 
 The process's mappings are files already (memfd, shm, MAP_SHARED, hugetlbfs), or become files when they are used for a
-slot: `convert`, see remap.py. Our views of the process map the same files (views.py). What can be neither is mirrored.
+slot: `convert`, see remap.py. Our views of the process map the same files (painting.py). What can be neither is
+mirrored.
 
 Whether the process may access a page, and what is mapped there, is asked when it matters, not remembered: where the
 kernel answers single questions (maps.py). `forget` says that something may have changed all the same.
 
 Locks: `_conversion` is held during a conversion, and the model's ioctl runs under it. `_lock` guards the views; a vCPU that
-runs takes it, so nothing waits for anyone under it.
+enters may take it, so nothing waits for anyone under it.
 """
 
 from __future__ import annotations
