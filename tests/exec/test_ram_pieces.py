@@ -298,3 +298,16 @@ def test_a_process_killed_while_its_memory_becomes_shared(first: str) -> None:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         memory.close()
+
+
+def test_a_backing_that_another_process_has_closed() -> None:
+    """It serves nobody any more: its fd's number may be somebody else's by then."""
+    one = backing.new(1 << 20, 1 << 21)
+    one.take(1 << 20, (1 << 20) + PAGE)
+    assert one.keep() and backing.reap() == []
+    one.let_go()
+    assert backing.reap() == [one] and backing.find(*one.key) is None
+    assert not one.keep()
+    with pytest.raises(OSError, match="Bad file"), one.kept():
+        raise AssertionError("its fd could be used")
+    one.close()

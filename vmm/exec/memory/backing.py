@@ -10,7 +10,8 @@ unmaps is free when the whole backing is dead: hence small ones only.
 
 A backing is dead when no process has it open or mapped any more. The kernel says so: a write lease is granted only when
 there is no other open file (fcntl(2), F_SETLEASE). For that to count, all files of it come from open(2): one made by
-memfd_create itself is not in the count. Dead ones are closed at the next `reap`, and their memory is free then.
+memfd_create itself is not in the count. Dead ones are closed at the next `reap`, whosever they are, and their memory is free
+then. So whoever uses the fd of one has to `keep` it meanwhile: later its number may be that of another process's memory.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ class Backing:
         self._starts = [start]  # of the mappings, up to the next one
         self._conversions = [0]  # in each of them
         self._used: list[tuple[int, int]] = []
+        self._keepers = 0
+        self._closed = False
         made = os.memfd_create("guest-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(made, _TOP)
@@ -61,6 +64,27 @@ class Backing:
             os.close(made)
         status = os.fstat(self.fd)
         self.key = (status.st_dev, status.st_ino)
+
+    def keep(self) -> bool:
+        """It is not closed before `let_go`. False: it is already."""
+        with _lock:
+            self._keepers += not self._closed
+            return not self._closed
+
+    def let_go(self) -> None:
+        """It may be closed."""
+        with _lock:
+            self._keepers -= 1
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Both. OSError (EBADF) when it is closed already."""
+        if not self.keep():
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        try:
+            yield
+        finally:
+            self.let_go()
 
     def another(self) -> int:
         """A new open file of it, to be given to a process. The caller closes the fd."""
@@ -124,8 +148,20 @@ class Backing:
     def close(self) -> None:
         """Forget it. Mappings that exist stay."""
         with _lock:
-            if _all.pop(self.key, None) is not None:
-                os.close(self.fd)
+            self._close()
+
+    def _close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            del _all[self.key]
+            os.close(self.fd)
+
+    def close_if_dead(self) -> bool:
+        """Close it when it was used, and is by nobody any more. Under the lock."""
+        gone = self.used and not self._keepers and self.dead()
+        if gone:
+            self._close()
+        return gone
 
 
 def new(start: int, end: int) -> Backing:
@@ -146,10 +182,7 @@ def find(device: int, inode: int) -> Backing | None:
 def reap() -> list[Backing]:
     """Close those that nobody has any more. Returns them."""
     with _lock:
-        gone = [backing for backing in _all.values() if backing.used and backing.dead()]
-    for backing in gone:
-        backing.close()
-    return gone
+        return [backing for backing in list(_all.values()) if backing.close_if_dead()]
 
 
 def drop_unused(made: list[Backing]) -> None:

@@ -129,7 +129,8 @@ class Painting:
         """The file of a shared mapping, or a mirror where there is no way to it. Raises OSError."""
         known = backings.find(area.device, area.inode)
         if known is not None:
-            view.paint(first, last, paint, known.fd)
+            with known.kept():
+                view.paint(first, last, paint, known.fd)
             return paint
         found = backings.file_of(self._tgid, area.device, area.inode, area.start, area.end, area.name)
         if found is not None:

@@ -67,7 +67,11 @@ class Ram:
             pieces = self._plan(address, address + size) if self.convertible(address, size) else []
             if pieces:
                 conversion = Conversion(self.tgid, self._maps, held, pieces, action)
-                conversion.run(lambda: self._converted(conversion.converted), self.tracer)
+                try:
+                    conversion.run(lambda: self._converted(conversion.converted), self.tracer)
+                finally:
+                    for piece in pieces:
+                        piece.backing.let_go()
                 self.failure = None if ending(self.tgid, held.tid) else conversion.failure
         if not pieces:
             held.answer(action())
@@ -91,7 +95,7 @@ class Ram:
         self.forget()
 
     def _plan(self, start: int, end: int) -> list[Piece]:
-        """What to convert. Where there is no room for a piece it is left out."""
+        """What to convert, into backings that are kept. Where there is no room for a piece it is left out."""
         self._reap()
         pieces = []
         with self._lock:
@@ -121,9 +125,10 @@ class Ram:
     def _backing(self, area: Area, start: int, end: int) -> Backing:
         for fits, place in ((Backing.serves, (start, end)), (Backing.join, (area.start, area.end))):
             for known in self._backings:
-                if fits(known, *place):
+                if fits(known, *place) and known.keep():
                     return known
         made = backings.new(area.start, area.end)
+        made.keep()
         self._backings.append(made)
         return made
 
@@ -229,7 +234,8 @@ class Ram:
             known = backings.find(area.device, area.inode) if area.shared else None
             if known is not None:
                 try:
-                    known.punch(area.offset, area.end - area.start)
+                    with known.kept():
+                        known.punch(area.offset, area.end - area.start)
                 except OSError:
                     continue
                 found = True
