@@ -141,3 +141,9 @@ def test_threads_that_come_and_go(build: Build, under: Under, faulting: None) ->
 def test_ended_children_can_be_waited_for_at_once(build: Build, under: Under) -> None:
     done = under.run(build("cpuid"), "wait")
     assert done.stdout == "waited\n" and done.returncode == 0, done.stdout + done.stderr
+
+
+def test_calls_that_no_signal_ends(build: Build, under: Under, faulting: None) -> None:
+    """A signal may come before we have received a call. Of a program that is traced such a call is made again."""
+    done = under.run(build("interrupted"))
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout

@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 from kvmapi.model.signals import leave_signals_to_others
 from vmm.exec.tracing import ptrace
+from vmm.exec.tracing.again import make_again
 from vmm.exec.tracing.cpuid import Cpuid
 from vmm.exec.tracing.ptrace import Hold
 
@@ -202,6 +203,10 @@ class Tracer:
         elif event or number == _SYSCALL_STOP or (number == signal.SIGSEGV and self._answered(tid)):
             ptrace.request(ptrace.CONT, tid)
         else:
+            hold = Hold(tid)
+            registers = hold.registers(tid)
+            if make_again(registers):
+                hold.set_registers(tid, registers)
             ptrace.request(ptrace.CONT, tid, None, number)
 
     def _begin(self, tid: int, instruction: int) -> None:
