@@ -1,6 +1,6 @@
 """What a vCPU is doing: running, halted, or waiting to be started; and what others ask of it.
 
-In a VM with in-kernel interrupt controllers (KVM_CREATE_IRQCHIP) HLT does not leave KVM_RUN: the vCPU sleeps there
+In a VM with in-kernel local APICs (KVM_CREATE_IRQCHIP, KVM_CAP_SPLIT_IRQCHIP) HLT does not leave KVM_RUN: the vCPU sleeps there
 until an interrupt that it would take, an NMI, an INIT or a startup IPI arrives, or until it is made to leave. The other
 processors begin as KVM_MP_STATE_UNINITIALIZED and wait for INIT and SIPI.
 
@@ -103,7 +103,9 @@ class Activity:
             deadline = lapic.deadline()
             if deadline is not None and deadline <= time.monotonic_ns():
                 lapic.expire()
-            if lapic.pending() is not None:
+            if lapic.scan_due:
+                lapic.scan()
+            if lapic.pending() is not None or lapic.ended_vector is not None or cpu.events.window_wanted:
                 cpu.attention = True
         if self.state in _SLEEPS and self._wakes():
             self.state = kvm.KVM_MP_STATE_RUNNABLE
@@ -126,7 +128,7 @@ class Activity:
         self.state = kvm.KVM_MP_STATE_RUNNABLE if self._vcpu.is_boot else kvm.KVM_MP_STATE_INIT_RECEIVED
 
     def halt(self) -> None:
-        """HLT in a VM with interrupt controllers."""
+        """HLT in a VM with local APICs."""
         self.state = kvm.KVM_MP_STATE_HALTED
 
     def hold(self) -> None:

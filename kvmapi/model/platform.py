@@ -18,6 +18,7 @@ from kvmapi.model.clock import steal
 from kvmapi.model.cpu import cpuid, fpu, mce, policy
 from kvmapi.model.dirty_log import ALL_OPTIONS
 from kvmapi.model.irq.routing import MAX_ROUTES
+from kvmapi.model.irq.vm import X2APIC_API
 from kvmapi.model.memslots import USER_SLOTS
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ _FIXED = {
     caps.KVM_CAP_BINARY_STATS_FD: 1,
     caps.KVM_CAP_VM_COPY_ENC_CONTEXT_FROM: 1,  # whether or not there is SEV, as 7.3 answers
     caps.KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM: 1,
-    caps.KVM_CAP_X2APIC_API: kvm.KVM_X2APIC_API_USE_32BIT_IDS | kvm.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    caps.KVM_CAP_X2APIC_API: X2APIC_API,
+    caps.KVM_CAP_SPLIT_IRQCHIP: 1,
 }
 
 

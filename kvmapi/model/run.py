@@ -66,7 +66,7 @@ class Run:
         if words[_VALID] or words[_DIRTY] or words[_CR8] != cpu.task_priority:
             valid = self._take_user_state()
         if head & _WINDOW or events.window_wanted:
-            self._want_window(head & _WINDOW != 0 and cpu.lapic is None)
+            self._want_window(head & _WINDOW != 0 and (cpu.lapic is None or cpu.lapic.split))
         # What the last exit left is finished even when user space wants out again; otherwise nobody waits for nothing.
         if not self._enter_engine(self._asks_to_leave if self._privileged.pending is None else None):
             if not out:
@@ -104,8 +104,12 @@ class Run:
                 return self._page.head(kvm.KVM_EXIT_INTR) - errno.EINTR
             if result == HALTED or self._activity.asked:
                 self._activity.settle()
+                if result == HALTED and self._events.window_open:
+                    return self._page.head(kvm.KVM_EXIT_IRQ_WINDOW_OPEN)
             if self._activity.state != _RUNNABLE:
                 result = self._sleep()
+                if result is None and self._events.window_open:
+                    return self._page.head(kvm.KVM_EXIT_IRQ_WINDOW_OPEN)
                 continue
             if self._sev.es_active:
                 ghcb = self._vcpu.ghcb
@@ -207,7 +211,7 @@ class Run:
             ready = enabled and self._events.takes_interrupts()
             words[_CR8] = cpu.task_priority
         else:
-            ready = True
+            ready = not cpu.lapic.split or (enabled and cpu.lapic.has_room and self._events.takes_interrupts())
             words[_CR8] = cpu.cr8
         self._flags[_READY] = ready | enabled << 8  # ready_for_interrupt_injection, if_flag, flags
         words[_APIC_BASE] = cpu.msrs.apic_base

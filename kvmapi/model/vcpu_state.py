@@ -195,9 +195,13 @@ class VcpuState:
         vector = struct.unpack("<I", caller.memory.read(arg, 4))[0]
         if vector > 255:
             raise Errno(errno.EINVAL)
-        if self._cpu.lapic is not None:
+        lapic = self._cpu.lapic
+        if lapic is None:
+            self._cpu.events.queue_interrupt(vector)
+        elif not lapic.split:
             raise Errno(errno.ENXIO)  # interrupts come from the controllers
-        self._cpu.events.queue_interrupt(vector)
+        elif not lapic.inject(vector):
+            raise Errno(errno.EEXIST)
         return 0
 
     def _nmi(self, arg: int, caller: Caller) -> int:
@@ -248,7 +252,7 @@ class VcpuState:
             raise Errno(errno.EINVAL)
         self._cpu.cpuid = self._cpu.msrs.offered = Table(rows)
         if self._cpu.lapic is not None:
-            self._cpu.lapic.tsc_deadline_offered = self._cpu.cpuid.tsc_deadline
+            self._cpu.lapic.tsc_deadline_offered, self._cpu.lapic.x2_offered = self._cpu.cpuid.tsc_deadline, self._cpu.cpuid.x2apic
         self.update_encryption()
         return 0
 

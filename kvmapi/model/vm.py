@@ -157,6 +157,8 @@ class VmFile(File):
     def _check_extension(self, arg: int, caller: Caller) -> int:
         if arg == caps.KVM_CAP_X86_APIC_BUS_CYCLES_NS:
             return self.interrupts.cycle_ns
+        if arg == caps.KVM_CAP_X2APIC_API:
+            return self.interrupts.x2apic_api
         return self.platform.capability(arg, self.type)
 
     def _enable_cap(self, arg: int, caller: Caller) -> int:
@@ -177,6 +179,9 @@ class VmFile(File):
             self.exits.msr_reasons = first
         elif cap == caps.KVM_CAP_MAX_VCPU_ID:
             self._limit_vcpu_ids(first)
+        elif cap == caps.KVM_CAP_SPLIT_IRQCHIP:
+            with self.mutex:
+                self.interrupts.split(first, self.has_vcpus())
         elif cap == caps.KVM_CAP_X2APIC_API:
             self.interrupts.enable_x2apic_api(first)
         elif cap == caps.KVM_CAP_X86_APIC_BUS_CYCLES_NS:

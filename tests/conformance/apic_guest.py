@@ -94,8 +94,12 @@ class ApicGuest(LongGuest):
 
     def add_vcpu(self) -> Vcpu:
         if not self.vcpus:
-            self.vm.create_irqchip()
+            self.make_controllers()
         return super().add_vcpu()
+
+    def make_controllers(self) -> None:
+        """Before the first vCPU."""
+        self.vm.create_irqchip()
 
     def do(self, *steps: Step) -> list[int]:
         """Run the steps; what the loads and RDMSRs found, in order."""

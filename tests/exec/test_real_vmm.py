@@ -20,6 +20,8 @@ _STATUS = 0x20 << 1 | 1  # what isa-debug-exit makes of it
 _MACHINES = {
     "pc": ["-M", "pc,kernel-irqchip=on", "-vga", "none"],
     "microvm": ["-M", "microvm,rtc=on,kernel-irqchip=on", "-no-user-config"],
+    "microvm-split": ["-M", "microvm", "-no-user-config"],
+    "q35-split": ["-M", "q35,kernel-irqchip=split", "-vga", "none"],
 }
 
 

@@ -2,8 +2,9 @@
 
 Without an in-kernel APIC an interrupt comes from KVM_INTERRUPT or KVM_SET_VCPU_EVENTS and is delivered at the next
 entry, whatever IF says: the VMM injects only when KVM told it that the guest takes interrupts
-(`ready_for_interrupt_injection`, or KVM_EXIT_IRQ_WINDOW_OPEN after `request_interrupt_window`). With one
-(KVM_CREATE_IRQCHIP), what the local APIC has pending is delivered when the guest takes interrupts.
+(`ready_for_interrupt_injection`, or KVM_EXIT_IRQ_WINDOW_OPEN after `request_interrupt_window`). With one, what the local
+APIC has pending is delivered when the guest takes interrupts; KVM_INTERRUPT's vector, where it is allowed at all
+(KVM_CAP_SPLIT_IRQCHIP), is among that, and the window is open only while LINT0 lets such a vector through.
 
 Two things must be noticed while the guest runs: IF becoming 1 when an interrupt or a window waits for it, and IRET
 ending an NMI handler. From the first such wish on, the instructions that can do that (STI, POPF, IRET) are scanned
@@ -142,6 +143,15 @@ class Events:
         open_ = self._cpu.registers.u64[layout.EFLAGS >> 3] & _IF and not self._shadow()
         return bool(open_) and self.interrupt is None and self.exception is None and not self.nmi_injected
 
+    @property
+    def window_open(self) -> bool:
+        """Does user space wait for a window, and is it open?"""
+        return self.window_wanted and self._has_room() and self.takes_interrupts()
+
+    def _has_room(self) -> bool:
+        lapic = self._cpu.lapic
+        return lapic is None or lapic.has_room
+
     def flag_allows_interrupts(self) -> bool:
         """Is RFLAGS.IF set?"""
         return bool(self._cpu.registers.u64[layout.EFLAGS >> 3] & _IF)
@@ -164,11 +174,15 @@ class Events:
         if self._shutdown:
             self._shutdown = False
             return cpu.page.head(kvm.KVM_EXIT_SHUTDOWN)
+        lapic = cpu.lapic
+        if lapic is not None and lapic.ended_vector is not None:
+            vector, lapic.ended_vector = lapic.ended_vector, None
+            return cpu.page.payload(kvm.KVM_EXIT_IOAPIC_EOI, "<B", vector)
         result = self._deliver_begun()
         if result is not None:
             return result
         nmi = self.nmi_pending and not self.nmi_masked and not cpu.debug.blocks_events
-        wants_flag = self.window_wanted or self._apic_waits()
+        wants_flag = (self.window_wanted and self._has_room()) or self._apic_waits()
         if ((wants_flag and self._in_shadow()) or (nmi and self._shadow())) and cpu.debug.sensitive() is None:
             result = cpu.after_step(cpu.step(flush=False))  # the instruction after STI runs before the window opens
             self.leave_shadow()
@@ -182,14 +196,14 @@ class Events:
             if result is not None:
                 return result
         if self._apic_waits() and self.takes_interrupts():
-            vector = cpu.lapic.acknowledge() if cpu.lapic is not None else None
+            taken = lapic.acknowledge() if lapic is not None else None
             cpu.stats.counters[IRQ_INJECTIONS] += 1
-            result = cpu.raise_in_guest(vector, None, external=True) if vector is not None else None
+            result = cpu.raise_in_guest(taken, None, external=True) if taken is not None else None
             if result is not None:
                 return result
-        if self.window_wanted and self.takes_interrupts():
+        if self.window_open:
             return cpu.page.head(kvm.KVM_EXIT_IRQ_WINDOW_OPEN)
-        waits = self.window_wanted or (self.nmi_masked and self.iret_unmasks) or self._apic_waits()
+        waits = (self.window_wanted and self._has_room()) or (self.nmi_masked and self.iret_unmasks) or self._apic_waits()
         self._watch(waits)
         cpu.attention = waits
         return None

@@ -23,27 +23,34 @@ from kvmapi.model.irq.target import FIXED, INIT, LOWEST, NMI, REMOTE_READ, START
 from kvmapi.model.irq.timer import Timer
 
 if TYPE_CHECKING:
-    from kvmapi.model.irq.bus import InterruptBus
+    from kvmapi.model.irq.message_bus import MessageBus
 
 DEFAULT_BASE = 0xFEE00000
 ENABLE, X2APIC, BOOTSTRAP = 1 << 11, 1 << 10, 1 << 8
 _BASE_RESERVED = 0x2FF
-EXTERNAL = -1  # the PICs say the vector when they are asked
+EXTERNAL = -1  # the PICs, or user space in their place, say the vector when they are asked
 _U32 = 0xFFFFFFFF
 
 
 class LapicCore:
     """`target` is the vCPU; `bootstrap` whether it is the bootstrap processor. `clock` gives nanoseconds."""
 
-    def __init__(self, target: Target, bus: InterruptBus, *, bootstrap: bool, clock: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(self, target: Target, bus: MessageBus, *, bootstrap: bool, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self.target = target
         self._bus = bus
         self._bootstrap = bootstrap
         self._clock = clock
         self.until: Callable[[int], int] = lambda value: max(value - clock(), 0)  # nanoseconds until the guest's TSC reads this
-        self.tsc_deadline_offered = False  # by the guest's CPUID
+        self.tsc_deadline_offered = self.x2_offered = False  # by the guest's CPUID
         self._timer = Timer(bus.cycle_ns)
         self._pending: int | None = None
+        self.split = bus.split
+        self.user_vector: int | None = None  # KVM_INTERRUPT's, which the PICs of user space ask with
+        self._listens = bootstrap  # to the PICs
+        # With a SplitBus: the vectors whose ends user space is told, the highest that is one for an old route's sake, whether they
+        # must be found out anew, and the one that was ended and is to be told.
+        self.told, self.stale, self.scan_due = 0, -1, False
+        self.ended_vector: int | None = None
         self.base = 0
         self._reset(init=False)
         bus.add(self)
@@ -169,8 +176,11 @@ class LapicCore:
         """Take the pending interrupt into service; its vector."""
         with self._bus:
             vector = self._pending
-            if vector == EXTERNAL:
-                vector = self._bus.pics.acknowledge()
+            if vector == EXTERNAL and self.user_vector is not None:
+                vector, self.user_vector = self.user_vector, None
+                self.settle()
+            elif vector == EXTERNAL:
+                vector = self._bus.acknowledge_pics()
             elif vector is not None:
                 self._irr &= ~(1 << vector)
                 self._isr |= 1 << vector
@@ -180,7 +190,9 @@ class LapicCore:
     def settle(self) -> None:
         """IRR, ISR, priority, base, LINT0 or the PICs' output changed: what is pending now? Inside the bus's lock."""
         pending = None
-        if self._bus.pics.output and self._takes_pics():
+        if self.split:
+            self._look_at_lint0()
+        if (self.user_vector is not None or self._bus.pics_ask) and self._takes_pics():
             pending = EXTERNAL
         elif self._irr and self.base & ENABLE:
             highest = self._irr.bit_length() - 1
@@ -190,6 +202,37 @@ class LapicCore:
             self._pending = pending
             if pending is not None:
                 self._bus.later(self.target.poke)
+
+    # ---- PICs and IOAPIC in user space
+    def _look_at_lint0(self) -> None:
+        """A window that user space waits for opens with it."""
+        listens = self._takes_pics()
+        if listens != self._listens:
+            self._listens = listens
+            self._bus.later(self.target.poke)
+
+    @property
+    def has_room(self) -> bool:
+        """Would a vector from user space be taken, when the guest takes interrupts?"""
+        return self.user_vector is None and self._listens
+
+    def inject(self, vector: int) -> bool:
+        """KVM_INTERRUPT; False where one waits already."""
+        with self._bus:
+            if self.user_vector is not None:
+                return False
+            self.user_vector = vector
+            self.settle()
+            return True
+
+    def holds(self, vector: int) -> bool:
+        """Is an interrupt with this vector waiting or in service?"""
+        return bool((self._irr | self._isr) >> vector & 1)
+
+    def scan(self) -> None:
+        """Before the guest is entered, where `scan_due`."""
+        with self._bus:
+            self._bus.scan(self)
 
     # ---- interrupts
     def accept(self, mode: int, vector: int, asserted: bool = True, level_triggered: bool = False) -> int:
@@ -220,7 +263,7 @@ class LapicCore:
             return
         self._isr &= ~(1 << vector)
         self.settle()
-        self._bus.ended(vector, bool(self._tmr >> vector & 1))
+        self._bus.ended(self, vector, bool(self._tmr >> vector & 1))
 
     def _send(self, low: int, destination: int) -> None:
         message = Message(

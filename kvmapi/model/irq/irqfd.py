@@ -25,7 +25,7 @@ from functools import partial
 from kvmapi.abi import kvm
 from kvmapi.model.caller import Caller, Errno
 from kvmapi.model.eventfd import EventFd
-from kvmapi.model.irq.bus import RESAMPLE_SOURCE, USER_SOURCE, InterruptBus
+from kvmapi.model.irq.message_bus import RESAMPLE_SOURCE, USER_SOURCE, MessageBus
 from kvmapi.model.irq.threads import start_quiet
 
 _LAYOUT = struct.Struct("<iIIi16x")  # kvm_irqfd
@@ -108,7 +108,7 @@ class Irqfds:
         self._mutex = threading.Lock()
         self._assigned: dict[int, tuple[int, EventFd, EventFd | None]] = {}  # key: GSI, eventfd, resample eventfd
 
-    def irqfd(self, data: bytes, bus: InterruptBus | None, caller: Caller) -> None:
+    def irqfd(self, data: bytes, bus: MessageBus | None, caller: Caller) -> None:
         """struct kvm_irqfd: assign or deassign."""
         fd, gsi, flags, resample_fd = _LAYOUT.unpack(data)
         if flags & ~_VALID:
@@ -116,7 +116,7 @@ class Irqfds:
         if flags & kvm.KVM_IRQFD_FLAG_DEASSIGN:
             self._deassign(caller.eventfd(fd).key, gsi, bus)
             return
-        if bus is None:
+        if bus is None or (bus.split and flags & kvm.KVM_IRQFD_FLAG_RESAMPLE):  # nobody here hears when a line may fall
             raise Errno(errno.EINVAL)
         event = caller.eventfd(fd)
         resample = caller.eventfd(resample_fd) if flags & kvm.KVM_IRQFD_FLAG_RESAMPLE else None
@@ -132,7 +132,7 @@ class Irqfds:
                 self._update_resamplers(gsi, bus)
                 raise
 
-    def _deassign(self, key: int, gsi: int, bus: InterruptBus | None) -> None:
+    def _deassign(self, key: int, gsi: int, bus: MessageBus | None) -> None:
         """An eventfd that is not assigned to this GSI is no error."""
         with self._mutex:
             found = self._assigned.get(key)
@@ -142,7 +142,7 @@ class Irqfds:
             WATCHER.remove(found[1])
             self._update_resamplers(gsi, bus)
 
-    def _update_resamplers(self, gsi: int, bus: InterruptBus) -> None:
+    def _update_resamplers(self, gsi: int, bus: MessageBus) -> None:
         events = [resample for at, _, resample in self._assigned.values() if at == gsi and resample is not None]
         with bus:
             had = gsi in bus.resamplers
@@ -161,7 +161,7 @@ class Irqfds:
             self._assigned = {}
 
 
-def _raise(bus: InterruptBus, gsi: int, resample: bool) -> None:
+def _raise(bus: MessageBus, gsi: int, resample: bool) -> None:
     if resample:
         bus.line(gsi, True, RESAMPLE_SOURCE)
         return

@@ -92,7 +92,7 @@ class Lapic(LapicCore):
         if plain is not None:
             return int(getattr(self, plain))
         if offset == r.VERSION:
-            return r.VERSION_VALUE
+            return r.VERSION_VALUE | (r.VERSION_DIRECTED if self._offers_directed_eoi() else 0)
         if offset == r.CURRENT:
             return self._timer.current(self._clock())
         if offset in (r.INITIAL, r.DIVIDE):
@@ -126,13 +126,16 @@ class Lapic(LapicCore):
         self._bus.addresses_changed()
 
     def _write_spiv(self, offset: int, value: int) -> None:
-        self.spiv = value & 0x3FF
+        self.spiv = value & (0x3FF | (r.SPIV_DIRECTED if self._offers_directed_eoi() else 0))
         self._bus.addresses_changed()
         if not value & r.SPIV_ENABLED:
             self._lvt = [entry | r.LVT_MASKED for entry in self._lvt]
             self._timer.fired = False
             self._alarm()
             self.settle()
+
+    def _offers_directed_eoi(self) -> bool:
+        return self.x2_offered and self._bus.offers_suppression
 
     def _write_icr(self, offset: int, value: int) -> None:
         self._icr = value & ~r.ICR_BUSY

@@ -11,6 +11,7 @@ VECTOR_BANKS = frozenset((2, 3, 4))  # offset >> 7 of ISR, TMR and IRR
 
 VERSION_VALUE = 0x00050014  # six entries in the local vector table, integrated APIC
 SPIV_ENABLED = 1 << 8
+VERSION_DIRECTED, SPIV_DIRECTED = 1 << 24, 1 << 12  # the guest can keep the ends of interrupts from being broadcast, and does
 LVT_MASKED, LVT_EXTINT = 1 << 16, 7 << 8
 LVT_MODE = 7 << 8
 _VECTOR, _MODE, _PENDING, _POLARITY, _REMOTE_IRR, _LEVEL = 0xFF, 7 << 8, 1 << 12, 1 << 13, 1 << 14, 1 << 15

@@ -7,6 +7,7 @@ eight. Checks stand in KVM's order (virt/kvm/irqchip.c, arch/x86/kvm/irq.c).
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from kvmapi.abi import kvm
@@ -39,6 +40,10 @@ class Routes:
         """Where a GSI goes."""
         return self._by_gsi.get(gsi, ())
 
+    def below(self, end: int) -> Iterator[Route]:
+        """Where the GSIs below `end` go."""
+        return (route for gsi, routes in self._by_gsi.items() if gsi < end for route in routes)
+
     def gsi_of_pin(self, pin: int, chip: int = kvm.KVM_IRQCHIP_IOAPIC) -> int | None:
         """The GSI that a pin belongs to: the last one that names it."""
         return self._gsi_of_pin.get((chip, pin))
@@ -54,8 +59,8 @@ def default() -> Routes:
     return Routes(table)
 
 
-def from_entries(data: bytes, wide_ids: bool) -> Routes | None:
-    """The table that user space gives as kvm_irq_routing_entry; None where KVM refuses it (EINVAL)."""
+def from_entries(data: bytes, wide_ids: bool, *, chips: bool = True) -> Routes | None:
+    """The table that user space gives as kvm_irq_routing_entry; None where KVM refuses it (EINVAL). `chips`: has the VM pins?"""
     table: dict[int, tuple[Route, ...]] = {}
     rows = list(ENTRY.iter_unpack(data))
     if any(row[0] >= MAX_ROUTES for row in rows):
@@ -63,7 +68,9 @@ def from_entries(data: bytes, wide_ids: bool) -> Routes | None:
     for gsi, kind, flags, _, *rest in rows:
         others = table.get(gsi, ())
         route = _route(kind, flags, rest, wide_ids)
-        if route is None or any(kvm.KVM_IRQ_ROUTING_MSI in (route.type, other.type) or other.chip == route.chip for other in others):
+        if route is None or (route.chip >= 0 and not chips):
+            return None
+        if any(kvm.KVM_IRQ_ROUTING_MSI in (route.type, other.type) or other.chip == route.chip for other in others):
             return None
         table[gsi] = (*others, route)
     return Routes(table)

@@ -1,6 +1,7 @@
 """The VM side of the interrupt controllers: ioctls on a VM's fd.
 
-There is a local APIC per vCPU, an IOAPIC, two PICs and, once it is asked for, a PIT. Checks stand in the
+There is a local APIC per vCPU. IOAPIC, two PICs and, once it is asked for, a PIT are here as well (KVM_CREATE_IRQCHIP), or
+user space's own (KVM_CAP_SPLIT_IRQCHIP). Checks stand in the
 kernel's order (kvm_vm_ioctl in virt/kvm/kvm_main.c, kvm_arch_vm_ioctl in arch/x86/kvm/x86.c).
 """
 
@@ -20,10 +21,13 @@ from kvmapi.model.irq.bus import InterruptBus
 from kvmapi.model.irq.ioapic import IoApic
 from kvmapi.model.irq.irqfd import Irqfds
 from kvmapi.model.irq.kernel_bus import KernelBus
+from kvmapi.model.irq.message_bus import MessageBus
 from kvmapi.model.irq.pic import Pic
 from kvmapi.model.irq.pit import CHANNEL, Pit
+from kvmapi.model.irq.split import SplitBus
 
-X2APIC_API = kvm.KVM_X2APIC_API_USE_32BIT_IDS | kvm.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
+_SUPPRESS, _BROADCAST = kvm.KVM_X2APIC_ENABLE_SUPPRESS_EOI_BROADCAST, kvm.KVM_X2APIC_DISABLE_SUPPRESS_EOI_BROADCAST
+X2APIC_API = kvm.KVM_X2APIC_API_USE_32BIT_IDS | kvm.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK | _SUPPRESS | _BROADCAST
 _CHIP_AT, _CHIP_SIZE = 8, 512
 _PIT2_REST = 40  # of kvm_pit_state2, behind the counters: flags and reserved words
 _LONGEST_CYCLE = ((1 << 64) - 1) // (0xFFFFFFFF * 128)
@@ -31,10 +35,10 @@ _MSI = struct.Struct("<IIII16x")
 
 
 class VmInterrupts:
-    """Interrupt controllers and in-kernel I/O of one VM. `bus` is None until KVM_CREATE_IRQCHIP."""
+    """Interrupt controllers and in-kernel I/O of one VM. `bus` is None until one of the two is asked for."""
 
     def __init__(self, exits: ExitPolicy) -> None:
-        self.bus: InterruptBus | None = None
+        self.bus: MessageBus | None = None
         self._exits = exits
         self._kernel_bus = KernelBus()
         self.coalesced = CoalescedIo(self._coalesce)
@@ -42,6 +46,7 @@ class VmInterrupts:
         self._pit_mutex = threading.Lock()
         self._wide_ids = False
         self._broadcast_quirk = True
+        self._suppression: bool | None = None
 
     def handlers(self) -> dict[int, Callable[[int, Caller], int]]:
         """By request number; KVM_CREATE_IRQCHIP is the VM's, because it must know the vCPUs."""
@@ -79,15 +84,32 @@ class VmInterrupts:
             raise Errno(errno.EEXIST)
         if has_vcpus:
             raise Errno(errno.EINVAL)
-        self.bus = InterruptBus()
+        self.bus = self._kernel_bus.interrupts = InterruptBus()
         self._apply_x2apic_api()
-        self._kernel_bus.interrupts = self.bus
         self._exits.bus = self._kernel_bus
 
-    def enable_x2apic_api(self, flags: int) -> None:
-        """KVM_CAP_X2APIC_API. What is on stays on."""
-        if flags & ~X2APIC_API:
+    def split(self, reserved: int, has_vcpus: bool) -> None:
+        """KVM_CAP_SPLIT_IRQCHIP with `reserved` routes for user space's IOAPIC. EINVAL: more than there can be; EEXIST: there are
+        controllers, or vCPUs.
+        """
+        if reserved > routing.MAX_ROUTES:
             raise Errno(errno.EINVAL)
+        if self.bus is not None or has_vcpus:
+            raise Errno(errno.EEXIST)
+        self.bus = SplitBus(reserved)
+        self._apply_x2apic_api()
+
+    @property
+    def x2apic_api(self) -> int:
+        """KVM_CAP_X2APIC_API of this VM."""
+        return X2APIC_API if isinstance(self.bus, SplitBus) else X2APIC_API & ~_SUPPRESS
+
+    def enable_x2apic_api(self, flags: int) -> None:
+        """KVM_CAP_X2APIC_API. What is on stays on; of the two about broadcasts of ends, the last counts."""
+        if flags & ~self.x2apic_api or flags & (_SUPPRESS | _BROADCAST) == _SUPPRESS | _BROADCAST:
+            raise Errno(errno.EINVAL)
+        if flags & (_SUPPRESS | _BROADCAST):
+            self._suppression = flags & _SUPPRESS != 0
         self._wide_ids |= bool(flags & kvm.KVM_X2APIC_API_USE_32BIT_IDS)
         self._broadcast_quirk &= not flags & kvm.KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK
         self._apply_x2apic_api()
@@ -111,9 +133,17 @@ class VmInterrupts:
             with self.bus:
                 self.bus.wide_ids, self.bus.broadcast_quirk = self._wide_ids, self._broadcast_quirk
                 self.bus.addresses_changed()
+                if isinstance(self.bus, SplitBus):
+                    self.bus.suppression = self._suppression
+                    self.bus.find_pins()
 
-    def _bus_or(self, number: int) -> InterruptBus:
+    def _bus_or(self, number: int) -> MessageBus:
         if self.bus is None:
+            raise Errno(number)
+        return self.bus
+
+    def _chips_or(self, number: int) -> InterruptBus:
+        if not isinstance(self.bus, InterruptBus):
             raise Errno(number)
         return self.bus
 
@@ -136,7 +166,7 @@ class VmInterrupts:
         return 0
 
     def _chip(self, data: bytes | bytearray) -> tuple[InterruptBus, IoApic | Pic]:
-        bus = self._bus_or(errno.ENXIO)
+        bus = self._chips_or(errno.ENXIO)
         chips: dict[int, IoApic | Pic] = {
             kvm.KVM_IRQCHIP_PIC_MASTER: bus.pics.master,
             kvm.KVM_IRQCHIP_PIC_SLAVE: bus.pics.slave,
@@ -156,13 +186,14 @@ class VmInterrupts:
 
     def _make_pit(self, flags: int) -> int:
         with self._pit_mutex:
-            if self.bus is not None and self.bus.pit is not None:
+            bus = self._chips_or(errno.ENOENT)
+            if bus.pit is not None:
                 raise Errno(errno.EEXIST)
-            self._bus_or(errno.ENOENT).create_pit(speaker=bool(flags & kvm.KVM_PIT_SPEAKER_DUMMY))
+            bus.create_pit(speaker=bool(flags & kvm.KVM_PIT_SPEAKER_DUMMY))
         return 0
 
     def _pit(self) -> tuple[InterruptBus, Pit]:
-        bus = self._bus_or(errno.ENXIO)
+        bus = self._chips_or(errno.ENXIO)
         if bus.pit is None:
             raise Errno(errno.ENXIO)
         return bus, bus.pit
@@ -209,11 +240,10 @@ class VmInterrupts:
         if count > routing.MAX_ROUTES or flags:
             raise Errno(errno.EINVAL)
         data = caller.memory.read(arg + 8, count * routing.ENTRY.size) if count else b""
-        routes = routing.from_entries(data, bus.wide_ids)
+        routes = routing.from_entries(data, bus.wide_ids, chips=not bus.split)
         if routes is None:
             raise Errno(errno.EINVAL)
-        with bus:
-            bus.routes = routes
+        bus.set_routes(routes)
         return 0
 
     def _signal_msi(self, arg: int, caller: Caller) -> int:
