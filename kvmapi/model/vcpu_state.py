@@ -21,6 +21,7 @@ from kvmapi.model.cpu.mmu import Fault
 from kvmapi.model.irq import state as irq_state
 from kvmapi.model.mem.physical import Refused
 from kvmapi.model.platform import C_BIT
+from kvmapi.model.runpage import READY
 from kvmapi.model.vcpu_fpu import FpuState
 from kvmapi.model.vcpu_msrs import MsrState
 
@@ -202,6 +203,9 @@ class VcpuState:
             raise Errno(errno.ENXIO)  # interrupts come from the controllers
         elif not lapic.inject(vector):
             raise Errno(errno.EEXIST)
+        # KVM lets kvm_run say "ready" until KVM_RUN returns again. A program under `sevmm exec` can have an EINTR from KVM_RUN that
+        # we never hear of, and would then inject a second interrupt.
+        self._vcpu.page.u32[READY >> 2] &= ~0xFF
         return 0
 
     def _nmi(self, arg: int, caller: Caller) -> int:
