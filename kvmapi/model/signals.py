@@ -204,6 +204,11 @@ class Watcher:
         self.asleep = False
         self._wake.set()
 
+    def forked(self) -> None:
+        """This process is a child now: the vCPUs are its parent's, and so is the thread."""
+        self._lock, self._wake = threading.Lock(), threading.Event()
+        self._watched, self.asleep = set(), False
+
     def job_continued(self) -> None:
         """SIGCONT came to us: the watcher, stopped too, has missed what the stop did to threads of others."""
         with self._lock:
@@ -237,3 +242,4 @@ class Watcher:
 
 
 WATCHER = Watcher()
+os.register_at_fork(after_in_child=WATCHER.forked)

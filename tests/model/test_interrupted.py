@@ -6,6 +6,7 @@ reason of the last exit stays; a signal says KVM_EXIT_INTR.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ import pytest
 
 from kvmapi.abi import kvm
 from kvmapi.exits import Hlt, Io
+from kvmapi.model.host import ModelHost
 from kvmapi.model.signals import LOOK, WATCHER
 from kvmapi.model.vcpu import VcpuFile
 from tests.conformance.snippets import LongGuest, Machine, code
@@ -24,6 +26,7 @@ from tests.model.test_idle_vcpus import file_of
 
 pytestmark = pytest.mark.model
 HLT = code("f4", "hlt")
+SPIN = code("ebfe", "0: jmp 0b")
 TWICE = code("e6 10 e6 11 f4", "out 0x10, al; out 0x11, al; hlt")
 
 
@@ -64,6 +67,29 @@ def test_a_signal_before_the_guest_is_entered(model_host: Any) -> None:
         file.cpu.privileged.pending = interrupted
         assert guest.vcpu.run() == EINTR and guest.vcpu.kvm_run.exit_reason == kvm.KVM_EXIT_INTR
         assert isinstance(guest.run(), Io) and guest.run() == Hlt()
+
+
+def test_a_signal_in_a_child_of_a_process_with_vcpus(model_host: Any) -> None:
+    """Its own vCPUs are watched by a thread of its own."""
+    with LongGuest(model_host, SPIN) as parent:
+        assert parent.vcpu.id == 0
+        child = os.fork()
+        if not child:
+            ended = 1
+            try:
+                signal.signal(signal.SIGALRM, lambda _number, _frame: None)
+                with LongGuest(ModelHost(), SPIN) as guest:
+                    signal.setitimer(signal.ITIMER_REAL, 0.05)
+                    ended = 0 if guest.vcpu.run() == EINTR else 2
+            finally:
+                os._exit(ended)
+        end = time.monotonic() + 20
+        while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+        if not done[0]:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert done == (child, 0), "KVM_RUN did not end" if not done[0] else "it ended otherwise"
 
 
 def test_a_signal_while_others_have_the_engine(model_host: Any) -> None:
