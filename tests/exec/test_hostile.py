@@ -18,6 +18,7 @@ CASES = {
     "faults": (),
     "lease": (),
     "stack": (),
+    "vforks": (),
 }
 
 

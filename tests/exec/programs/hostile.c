@@ -250,6 +250,49 @@ static int stack(void)
 	return verdict();
 }
 
+/* Children by vfork(2) come and go while memory becomes shared: they wait for the same thread of the supervisor as the conversion. */
+static volatile int ended;
+
+static void *bear(void *nothing)
+{
+	while (!ended) {
+		int child = vfork();
+
+		if (!child) {
+			execl("/bin/true", "true", NULL);
+			_exit(1);
+		}
+		waitpid(child, NULL, 0);
+	}
+	return NULL;
+}
+
+static int vforks(void)
+{
+	struct timespec began, now;
+	pthread_t threads[2];
+	long slowest = 0;
+	int bad = 0, vm;
+
+	vm = must(ioctl(must(open("/dev/kvm", O_RDWR), "/dev/kvm"), KVM_CREATE_VM, 0), "a VM");
+	for (int i = 0; i < 2; i++)
+		pthread_create(&threads[i], NULL, bear, NULL);
+	for (int i = 0; i < 150; i++) {
+		clock_gettime(CLOCK_MONOTONIC, &began);
+		bad += set_region(vm, i, i * MIB, fresh_ram(16 * PAGE), 16 * PAGE) != 0;
+		clock_gettime(CLOCK_MONOTONIC, &now);
+		if ((now.tv_sec - began.tv_sec) * 1000 + (now.tv_nsec - began.tv_nsec) / 1000000 > slowest)
+			slowest = (now.tv_sec - began.tv_sec) * 1000 + (now.tv_nsec - began.tv_nsec) / 1000000;
+	}
+	ended = 1;
+	for (int i = 0; i < 2; i++)
+		pthread_join(threads[i], NULL);
+	expect("slots that were refused", bad, 0);
+	printf("slowest: %ld ms\n", slowest);
+	expect("none took longer than 1.5 s", slowest < 1500, 1);
+	return verdict();
+}
+
 /* RAM in a file on which the program has a lease: who opens it for writing would have to wait until that is given up. */
 static int lease(void)
 {
@@ -279,7 +322,7 @@ int main(int count, char **words)
 {
 	static const struct { const char *name; int (*does)(void); } all[] = {
 		{ "failed-exec", failed_exec }, { "exec", exec }, { "exec32", exec32 }, { "heir", heir }, { "few-fds", few_fds },
-		{ "storm", storm }, { "faults", faults }, { "never", never }, { "lease", lease }, { "stack", stack }, { "own-filter", own_filter },
+		{ "storm", storm }, { "faults", faults }, { "never", never }, { "lease", lease }, { "stack", stack }, { "vforks", vforks }, { "own-filter", own_filter },
 	};
 
 	vm_fd = words[count - 1];

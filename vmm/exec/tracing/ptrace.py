@@ -33,6 +33,7 @@ GETSIGMASK, SETSIGMASK = 0x420A, 0x420B
 TRACESYSGOOD = 1
 _SYSCALL_CODE = signal.SIGTRAP | 0x80  # si_code of the stops of PTRACE_SYSCALL
 _EVENT_CODE = 128  # PTRACE_EVENT_STOP: bits 8 and up of si_code of what PTRACE_INTERRUPT makes, and of group stops
+_EXIT_CODE = 6  # the same, of PTRACE_EVENT_EXIT
 _U64 = (1 << 64) - 1
 _NOT_BEGUN = (-512, -513, -514)  # ERESTARTSYS, -NOINTR, -NOHAND
 _FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP)
@@ -145,12 +146,32 @@ class Hold:
             now = state(self._tgid, tid)
             if now in "ZX" or (now == "D" and tid in busy()):
                 return
+            if now == "D":
+                self._let_children_go(tid)
             if time.monotonic() > limit:
                 if now == "D":
                     return  # in the kernel for long: it stops before it comes back
                 raise TimeoutError(errno.ETIMEDOUT, f"thread {tid} does not stop")
             time.sleep(nap)
             nap = min(2 * nap, _LONG_NAP)
+
+    def _let_children_go(self, tid: int) -> None:
+        """The thread may wait for a child of its vfork(2), and that for its tracer, which is this OS thread and busy here: at its
+        beginning, or when it ends.
+        """
+        try:
+            with open(f"/proc/{self._tgid}/task/{tid}/children", "rb") as file:
+                children = [int(word) for word in file.read().split()]
+        except OSError:
+            return
+        for child in children:
+            with contextlib.suppress(OSError):
+                if child not in self._seized and self.stopped(child):
+                    number, code = struct.unpack_from("=i4xi", self._info)
+                    if code >> 8 == _EVENT_CODE and number == signal.SIGTRAP:
+                        request(CONT, child)
+                    elif code >> 8 == _EXIT_CODE:
+                        request(DETACH, child)
 
     def stopped(self, tid: int) -> bool:
         """Is it held in a stop?"""
