@@ -387,9 +387,8 @@ def test_it_comes_before_the_apics(any_host: Any) -> None:
         assert guest.vm.signal_msi(MSI, 0xF1) == 1
         guest.vcpu.interrupt(0x21)
         guest.do((OPEN,))
-        assert guest.taken() in ((1, 0x21), (2, 0xF1))
-        guest.do((OPEN,))
-        assert guest.taken() in ((1, 0xF1), (0, 0))
+        both, first = (2, 0xF1), (1, 0x21)  # a paravirtual KVM gives one at a time
+        assert guest.taken() == (both if feature(guest, "hardware virtualization") else first)
 
 
 def _start(guest: SplitGuest, *steps: tuple[int, ...]) -> Exit:
