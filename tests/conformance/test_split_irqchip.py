@@ -391,10 +391,10 @@ def test_it_comes_before_the_apics(any_host: Any) -> None:
         assert guest.taken() == (both if feature(guest, "hardware virtualization") else first)
 
 
-def _start(guest: SplitGuest, *steps: tuple[int, ...]) -> Exit:
+def _start(guest: SplitGuest, *steps: tuple[int, ...], rflags: int = 2) -> Exit:
     rows = [(*step, 0, 0)[:3] for step in (*steps, (0,))]
     guest.put(DATA, b"".join(struct.pack("<IIQ", *row) for row in rows))
-    guest.regs(rip=CODE, rsp=STACK, rflags=2, rsi=DATA)
+    guest.regs(rip=CODE, rsp=STACK, rflags=rflags, rsi=DATA)
     return guest.run()
 
 
@@ -416,6 +416,17 @@ def test_the_window(any_host: Any) -> None:
         assert isinstance(exit, Io)
         run.request_interrupt_window = 1
         assert isinstance(_start(guest, ON, (STORE, APIC + LINT0, MASKED | EXTINT), (OPEN,)), Io), "masked: never"
+
+
+def test_the_guest_opens_lint0(any_host: Any) -> None:
+    """The window opens with it, at once."""
+    with SplitGuest(any_host) as guest:
+        if not feature(guest, "hardware virtualization"):
+            pytest.skip("paravirtual: request_interrupt_window does nothing")
+        guest.do(ON, (STORE, APIC + LINT0, MASKED | EXTINT))
+        guest.vcpu.kvm_run.request_interrupt_window = 1
+        assert _start(guest, (STORE, APIC + LINT0, EXTINT), rflags=2 | IF) == IrqWindowOpen()
+        assert guest.lapic()[LINT0] == EXTINT and flags_of(guest.vcpu) == (1, 1)
 
 
 def test_a_window_in_halt(any_host: Any) -> None:
