@@ -35,15 +35,15 @@ class Mutation:
 MEMORY = (
     Mutation(
         "ignore-attribute", "the PRIVATE attribute is ignored: all accesses go to shared memory", "mem.private",
-        "        if gfn not in self.private:\n", "        if True:\n", ("private_mem_conversions.explicit_conversion",),
+        "        if self.private.has(gfn):\n", "        if False:\n", ("private_mem_conversions.explicit_conversion",),
     ),
     Mutation(
         "stale-after-attribute", "a vCPU goes on with the half of a page that it knew before the attribute changed", "vm",
-        "self.physical.flush_range(gpa // PAGE, size // PAGE)", "pass", ("private_mem_conversions.explicit_conversion",),
+        "self.physical.flush_range(gfn, pages)", "pass", ("private_mem_conversions.explicit_conversion",),
     ),
     Mutation(
         "unaligned-attributes", "KVM_SET_MEMORY_ATTRIBUTES takes addresses and sizes that are no whole pages", "vm",
-        "not size or gpa + size >= _U64 or gpa % PAGE or size % PAGE", "not size or gpa + size >= _U64",
+        "not size or gpa + size >= _U64 or (gpa | size) & _IN_PAGE", "not size or gpa + size >= _U64",
         ("memory_attributes",),
     ),
     Mutation(

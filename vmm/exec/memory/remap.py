@@ -33,6 +33,7 @@ from vmm.exec.memory import copying
 from vmm.exec.memory.backing import Backing
 from vmm.exec.memory.maps import Area, Maps
 from vmm.exec.tracing import ptrace
+from vmm.exec.tracing.elsewhere import elsewhere
 
 _MMAP, _CLOSE = 9, 3
 _SHARED_FIXED = 0x01 | 0x10 | 0x4000  # MAP_SHARED | MAP_FIXED | MAP_NORESERVE
@@ -99,9 +100,9 @@ class Conversion:
             limit.start()
         try:
             if tracer is None:
-                ptrace.elsewhere(lambda here: self._traced(here, done), None)
+                elsewhere(lambda here: self._traced(here, done), None)
             else:
-                ptrace.elsewhere(lambda here: self._traced(here, done), tracer.post, lambda: tracer.attend(self._held.tid))
+                elsewhere(lambda here: self._traced(here, done), tracer.post, lambda: tracer.attend(self._held.tid))
         finally:
             limit.cancel()
 

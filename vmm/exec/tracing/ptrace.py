@@ -19,7 +19,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import queue
 import signal
 import struct
 import threading
@@ -41,16 +40,12 @@ _FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.S
 _REFUSAL = signal.SIGSYS
 _HELD_BACK = ((1 << 64) - 1 & ~(1 << _REFUSAL - 1)).to_bytes(8, "little")
 _NAP, _LONG_NAP, _GLANCES = 5e-5, 1e-3, 16
-_TURN = 0.01  # seconds between two times of what is done meanwhile
 PATIENCE = 2.0  # seconds that a thread inside a system call has to come out of it
 LAST = 30.0  # seconds after which a thread that we made enter the kernel is given up: unmapping much memory takes a while
 
 _ptrace = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, use_errno=True)(
     ("ptrace", ctypes.CDLL(None, use_errno=True))
 )
-
-
-Here = Callable[[Callable[[], int]], int]  # calls its argument in another thread
 
 
 class Stop(Enum):
@@ -281,50 +276,6 @@ class Hold:
                 request(SYSCALL, tid, None, signal_ if why == Stop.SIGNAL and signal_ != _REFUSAL else 0)
         result = int(self.registers(tid).rax)
         return result - (1 << 64) if result >> 63 else result
-
-
-def elsewhere(
-    job: Callable[[Here], None], post: Callable[[Callable[[], None]], None] | None, meanwhile: Callable[[], None] = lambda: None
-) -> None:
-    """Do a job in another OS thread, and come back when it is done: in the one that does what is given to `post`, or else
-    in one of its own. The job gets a function that calls another one in this thread and brings back its result; while that takes
-    long, the other OS thread does `meanwhile` again and again. What the job raises is raised here.
-    """
-    requests: queue.SimpleQueue[Callable[[], int] | None] = queue.SimpleQueue()
-    replies: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
-    failures: list[BaseException] = []
-
-    def here(function: Callable[[], int]) -> int:
-        requests.put(function)
-        while True:
-            try:
-                reply = replies.get(timeout=_TURN)
-                break
-            except queue.Empty:
-                meanwhile()
-        if isinstance(reply, BaseException):
-            raise reply
-        return reply
-
-    def whole() -> None:
-        try:
-            job(here)
-        except BaseException as failure:
-            failures.append(failure)
-        finally:
-            requests.put(None)
-
-    if post is not None:
-        post(whole)
-    else:
-        threading.Thread(target=whole, name="conversion", daemon=True).start()
-    while (function := requests.get()) is not None:
-        try:
-            replies.put(function())
-        except BaseException as failure:
-            replies.put(failure)
-    if failures:
-        raise failures[0]
 
 
 def state(tgid: int, tid: int) -> str:
