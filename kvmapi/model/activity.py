@@ -103,12 +103,19 @@ class Activity:
             deadline = lapic.deadline()
             if deadline is not None and deadline <= time.monotonic_ns():
                 lapic.expire()
-            if lapic.scan_due:
-                lapic.scan()
-            if lapic.pending() is not None or lapic.ended_vector is not None or cpu.events.window_wanted:
+            if lapic.pending() is not None:
                 cpu.attention = True
+            if lapic.split:
+                self._settle_split(lapic)
         if self.state in _SLEEPS and self._wakes():
             self.state = kvm.KVM_MP_STATE_RUNNABLE
+
+    def _settle_split(self, lapic: Lapic) -> None:
+        """What only a VM has whose user space has the PICs and the IOAPIC."""
+        if lapic.scan_due:
+            lapic.scan()
+        if lapic.ended_vector is not None or self._vcpu.cpu.events.window_wanted:
+            self._vcpu.cpu.attention = True
 
     def _wakes(self) -> bool:
         """Does what is pending end HLT?"""
