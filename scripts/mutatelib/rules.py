@@ -130,12 +130,12 @@ EXITS = (
     ),
     Mutation(
         "hypercall-always", "MAP_GPA_RANGE exits though nobody asked for it", "cpu.hypercalls",
-        "if number != kvm.KVM_HC_MAP_GPA_RANGE or not self._policy.hypercalls >> number & 1:", "if number != kvm.KVM_HC_MAP_GPA_RANGE:",
+        "if number != _MAP_GPA_RANGE or not self._policy.hypercalls >> _MAP_GPA_RANGE & 1:", "if number != _MAP_GPA_RANGE:",
         ("sev_beyond.map_gpa_range_off",),
     ),
     Mutation(
         "hypercall-answer", "the guest is told that its conversion succeeded whatever the VMM answered", "cpu.hypercalls",
-        'lambda: done(self._page.read("<Q", 88))', "lambda: done(0)", ("hostile.hypercall_storm",),
+        "self._done(self._page.u64[_RET])", "self._done(0)", ("hostile.hypercall_storm",),
     ),
     Mutation(
         "pre-fault-nothing", "KVM_PRE_FAULT_MEMORY succeeds where no memory is", "prefault",

@@ -62,9 +62,6 @@ class Refusals:
         """An access was refused, the instruction was not executed: KVM_RUN's result, or None to go on."""
         cpu = self._cpu
         if isinstance(why, Refused) and not cpu.mmu.fetching:
-            if why.kind == "fault":
-                cpu.page.memory_fault(why.gpa, why.private)
-                return -why.number
             return cpu.mmio.begin(why) if why.kind == "mmio" else self.result(why)
         if isinstance(why, Retranslate):
             if cpu.code.stale:
