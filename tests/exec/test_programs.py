@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.gcc, pytest.mark.model]
 
 PLAIN = [
     "plain", "threads", "signals", "fds", "fork", "fork exec", "rights", "races", "events", "maps", "wild", "paths", "gmem",
-    "nodes", "forks", "shapes", "shapes used", "shapes apart",
+    "nodes", "forks", "across", "shapes", "shapes used", "shapes apart",
 ]  # fmt: skip
 OTHER_FILES = [
     *(f"{what}: {call}" for what in ("kvm", "a VM", "a vCPU") for call in ("read", "write", "ftruncate", "fsync", "link")),

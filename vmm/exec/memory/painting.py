@@ -41,6 +41,7 @@ class Painting:
                 return view
         made = views.View(start, end)
         self._views.append(made)
+        self._checked.clear()  # what other views show of it
         return made
 
     def bring_up_to_date(self, start: int, end: int) -> None:
