@@ -98,18 +98,16 @@ class Memory(Protocol):
         it, so every page may be faulted in to find out.
         """
 
-    @property
-    def changes(self) -> int:
-        """Counts changes of what is mapped where guests use it: pages that were accessible may not be so any more."""
-
     def watch(self, vm: Stoppable) -> None:
-        """Guests of this VM use the memory: it is paused for a moment whenever `changes` grows."""
+        """Guests of this VM use the memory: it is paused for a moment whenever what is mapped there changes."""
 
     def unwatch(self, vm: Stoppable) -> None:
         """The VM is gone, and with it all that it had of `pointer`."""
 
-    def enter(self) -> None:
-        """A guest is about to use this memory through `pointer`."""
+    def enter(self) -> int:
+        """A guest is about to use this memory through `pointer`. Counts changes of what is mapped where guests use it: after one,
+        pages that were accessible may not be so any more.
+        """
 
     def leave(self) -> None:
         """It has stopped."""
@@ -203,8 +201,6 @@ class OwnMemory(ProcessMemory):
         super().__init__(os.getpid())
         _own.add(self)
 
-    changes = 0
-
     def forked(self) -> None:
         """The process is another one now: a child."""
         self._pid = os.getpid()
@@ -222,8 +218,9 @@ class OwnMemory(ProcessMemory):
     def unwatch(self, vm: Stoppable) -> None:
         """Nothing to do."""
 
-    def enter(self) -> None:
+    def enter(self) -> int:
         """Nothing to do: the guest uses the very memory."""
+        return 0
 
     def leave(self) -> None:
         """Nothing to do."""

@@ -73,11 +73,6 @@ class RemoteMemory(ProcessMemory):
         if last:
             self.ram.close()
 
-    @property
-    def changes(self) -> int:
-        """Counts changes of mappings that guests use."""
-        return self.ram.changes
-
     def pinnable(self, address: int, size: int, write: bool = True, whole: bool = False) -> bool:
         """Could every page of [address, address+size) be pinned?"""
         return self.ram.pinnable(address, size, write, whole)

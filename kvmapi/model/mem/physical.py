@@ -96,7 +96,7 @@ class Physical:
         self.memory = memory
         self._elsewhere = memory.elsewhere
         self.attended = self._elsewhere or self.always_attended  # do `enter` and `leave` do anything?
-        self._changes = memory.changes
+        self._changes = 0  # of the caller's mappings, as far as is known here
         self.generation = 0  # counts changes after which every vCPU must drop its translations
         self.code_generation = 0  # counts changes after which translated blocks may be wrong
         self.code_caches: WeakSet[KeepsBytes] = WeakSet()
@@ -156,15 +156,13 @@ class Physical:
     # ---- entering and leaving KVM_RUN
     def enter(self) -> None:
         """A vCPU enters."""
-        if self._elsewhere:
-            self._enter_memory()
+        if self._elsewhere and (changes := self.memory.enter()) != self._changes:
+            self._remapped(changes)
 
-    def _enter_memory(self) -> None:
-        self.memory.enter()
-        changes = self.memory.changes
-        if changes != self._changes:
-            self._changes = changes
-            self.changed()
+    def _remapped(self, changes: int) -> None:
+        """What is mapped in the caller's memory has changed since the last entry."""
+        self._changes = changes
+        self.changed()
 
     def leave(self) -> None:
         """A vCPU leaves."""

@@ -122,8 +122,8 @@ class EncryptedPhysical(Physical):
             self.secure.mark_executed(self.home(gfn, slot))
 
     def enter(self) -> None:
-        if self._elsewhere:
-            self._enter_memory()
+        if self._elsewhere and (changes := self.memory.enter()) != self._changes:
+            self._remapped(changes)
         if self.secure is not None:
             self.secure.enter()
 

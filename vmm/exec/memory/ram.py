@@ -50,7 +50,7 @@ class Ram:
         self._painting = Painting(tgid, self._maps, self._watch.use)
         self._mirror = self._painting.mirror
         self.watch = self._watch.add_vm
-        self.changes = 0  # counts changes of mappings after which what is known of pages is void
+        self._changes = 0
 
     # ---- converting
     def convertible(self, address: int, size: int) -> bool:
@@ -195,12 +195,15 @@ class Ram:
             at = area.end
         return at >= end
 
-    def enter(self) -> None:
-        """A vCPU is about to run, or the model to read and write guest RAM."""
+    def enter(self) -> int:
+        """A vCPU is about to run, or the model to read and write guest RAM. Counts changes of mappings after which what is known
+        of pages is void.
+        """
         self._watch.enter()
         if self._mirror.pages:
             with self._lock:
                 self._mirror.enter()
+        return self._changes
 
     def leave(self) -> None:
         """It has."""
@@ -211,7 +214,7 @@ class Ram:
 
     def _moved(self, ranges: list[tuple[int, int]]) -> None:
         """The process has mapped something else there."""
-        self.changes += 1
+        self._changes += 1
         self._painting.forget()
         for start, end in ranges:
             with contextlib.suppress(OSError):
