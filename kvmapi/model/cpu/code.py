@@ -244,18 +244,14 @@ class CodeCache:
 
     def verify(self) -> None:
         """Someone else had a turn: throw translations away if any code page differs from what was scanned."""
-        compared = self._compared
-        if compared.differing(compared.at, compared.count) != compared.count or (self._secrets and not self._secrets_same()):
+        if not self._compared.same() or (self._secrets and any(zlib.crc32(page.view) != page.seen for page in self._secrets.values())):
             self.flush()
-
-    def _secrets_same(self) -> bool:
-        return all(zlib.crc32(page.view) == page.seen for page in self._secrets.values())
 
     def lose_memory(self) -> None:
         """Memory with code may go away any moment, from any thread: it is not looked at any more, and `flush` follows before the
         vCPU goes on.
         """
-        self._compared.count = 0
+        self._compared.look_away()
 
     def flush_blocks(self) -> None:
         """Translate everything again, with the hooks that are there now. Not from inside the engine."""

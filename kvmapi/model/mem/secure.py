@@ -77,8 +77,7 @@ class SecureMemory:
         self._inside += 1
         if self._inside == 1:
             self.arena.open_door()
-            homes = self._homes
-            if homes.differing(homes.at, homes.count) != homes.count:
+            if not self._homes.same():
                 self._load_changed()
 
     def _load_changed(self) -> None:
