@@ -1,7 +1,6 @@
 """KVM_CAP_SPLIT_IRQCHIP: local APICs in the kernel; PICs, IOAPIC and PIT are user space's.
 
-Checks of errno: kvm_vm_ioctl_enable_cap and kvm_arch_vm_ioctl in arch/x86/kvm/x86.c; ends of interrupts:
-kvm_scan_ioapic_routes in irq.c; KVM_INTERRUPT and its window: kvm_vcpu_ready_for_interrupt_injection.
+Checks of errno: kvm_vm_ioctl_enable_cap and kvm_arch_vm_ioctl in arch/x86/kvm/x86.c.
 """
 
 from __future__ import annotations
@@ -10,82 +9,41 @@ import ctypes
 import os
 import struct
 import threading
-from errno import EAGAIN, EEXIST, EINTR, EINVAL, ENOENT, ENXIO
+from errno import EAGAIN, EEXIST, EINVAL, ENOENT, ENXIO
 from typing import Any
 
 import pytest
 
 from kvmapi.abi import caps, ioctls, irq, kvm
 from kvmapi.abi.structs import kvm_enable_cap
-from kvmapi.abi.vcpu import kvm_interrupt
-from kvmapi.exits import Exit, Io, IoapicEoi, IrqWindowOpen
-from kvmapi.host import Host
-from kvmapi.vcpu import Vcpu
+from kvmapi.exits import Io
 from tests.conformance.apic_guest import (
     APIC,
-    BASE_MSR,
     CHIP,
     END,
-    EOI,
     ICR,
     IN_REAL_MODE,
-    LDR,
-    LINT0,
     LVTT,
-    MASKED,
     MESSAGE,
     MSI,
     ON,
     OPEN,
-    RDMSR,
-    SPIV,
     STORE,
     VERSION,
     WAIT,
-    WRMSR,
-    ApicGuest,
     alarm,
     entry,
-    needs_service,
     raw,
     until,
 )
-from tests.conformance.rows import OK, Row, expect_errno, feature, parametrize
+from tests.conformance.rows import OK, Row, expect_errno, parametrize
 from tests.conformance.snippets import CODE, DATA, STACK, Machine
+from tests.conformance.split_guest import SplitGuest, split
 from tests.conftest import PATIENCE
 
 __all__ = ["alarm"]  # used by its name
 
-PINS = 24
-EXTINT, LEVEL_DATA, DIRECTED = 0x700, 0x8000, 1 << 12
-IF = 0x200
-
-
-def split(machine: Machine, pins: int = PINS) -> None:
-    machine.vm.enable_cap(caps.KVM_CAP_SPLIT_IRQCHIP, pins)
-
-
-class SplitGuest(ApicGuest):
-    """`ended`: the vectors of the KVM_EXIT_IOAPIC_EOI that `run` has passed over."""
-
-    def __init__(self, host: Host, vcpus: int = 1) -> None:
-        self.ended: list[int] = []
-        super().__init__(host, vcpus)
-
-    def make_controllers(self) -> None:
-        split(self)
-
-    def run(self, number: int = 0) -> Exit:
-        exit = super().run(number)
-        while isinstance(exit, IoapicEoi):
-            self.ended.append(exit.vector)
-            exit = super().run(number)
-        return exit
-
-    def ends(self) -> list[int]:
-        """What was told so far, and forget it."""
-        found, self.ended = self.ended, []
-        return found
+LEVEL_DATA, DIRECTED = 0x8000, 1 << 12
 
 
 # ---- asking for it
@@ -243,216 +201,3 @@ def test_suppression_is_offered(any_host: Any, flags: int, offered: bool) -> Non
         vcpu.set_cpuid2(machine.system.supported_cpuid())
         versions.append(struct.unpack_from("<I", vcpu.get_lapic(), VERSION)[0])
         assert versions == [0x50014, 0x50014 | offered << 24], "by a processor with x2APIC"
-
-
-# ---- ends of interrupts
-def pin(gsi: int, vector: int, destination: int = 0, *, level: bool = True) -> irq.kvm_irq_routing_entry:
-    return entry(gsi, MESSAGE, MSI | destination << 12, 0, vector | (LEVEL_DATA if level else 0))
-
-
-def end_of(guest: SplitGuest, *vectors: int) -> list[int]:
-    """The guest takes each as a message, and ends it; what user space was told."""
-    for vector in vectors:
-        assert guest.vm.signal_msi(MSI, vector) == 1
-        guest.do((OPEN,), END)
-    return guest.ends()
-
-
-def test_ends_are_told(any_host: Any) -> None:
-    """The vector decides, not how the interrupt came."""
-    with SplitGuest(any_host) as guest:
-        needs_service(guest)
-        guest.do(ON)
-        table = [pin(0, 0x41), pin(23, 0x42), pin(24, 0x43), pin(3, 0x44, level=False), pin(4, 0x45, 5)]
-        guest.vm.set_gsi_routing(table)
-        assert end_of(guest, 0x41, 0x42) == [0x41, 0x42]
-        assert end_of(guest, 0x43) == [], "not one of the reserved"
-        assert end_of(guest, 0x44) == [], "edge-triggered"
-        assert end_of(guest, 0x45) == [], "for another processor"
-        assert guest.vm.irq_line(0, 1) == 1
-        guest.do((OPEN,), END, END)
-        assert guest.ends() == [0x41], "an end without an interrupt is nobody's"
-        guest.vm.set_gsi_routing([])
-        assert end_of(guest, 0x41) == []
-
-
-def test_an_end_is_told_at_once(any_host: Any) -> None:
-    """The instruction behind it was not executed; in x2APIC mode the same."""
-    with SplitGuest(any_host) as guest:
-        needs_service(guest)
-        guest.do(ON)
-        guest.vm.set_gsi_routing([pin(1, 0x41)])
-        guest.vm.signal_msi(MSI, 0x41)
-        guest.do((OPEN,))
-        for number in (0, 1):
-            steps = [(STORE, APIC + EOI, 0), (STORE, 0xD0000000, 1)] if number == 0 else [(WRMSR, 0x80B, 0), (STORE, 0xD0000000, 1)]
-            guest.put(DATA, b"".join(struct.pack("<IIQ", *step) for step in steps))
-            guest.regs(rip=CODE, rsp=STACK, rflags=2, rsi=DATA)
-            exit = Machine.run(guest)
-            assert exit == IoapicEoi(0x41)
-            assert Machine.run(guest).REASON == kvm.KVM_EXIT_MMIO
-            guest.do((WRMSR, BASE_MSR, 0xFEE00D00), (WRMSR, 0x80F, 0x1FF))
-            guest.vm.signal_msi(MSI, 0x41)
-            guest.do((OPEN,))
-
-
-def test_what_an_old_route_brought_is_told_once(any_host: Any) -> None:
-    with SplitGuest(any_host, vcpus=2) as guest:
-        needs_service(guest)
-        guest.do(ON)
-        guest.vm.set_gsi_routing([pin(1, 0x41)])
-        assert guest.vm.irq_line(1, 1) == 1
-        guest.do((OPEN,))
-        guest.vm.set_gsi_routing([pin(1, 0x41, 1)])
-        guest.do(END)
-        assert guest.ends() == [0x41], "it was in service when its route went elsewhere"
-        assert end_of(guest, 0x41) == []
-
-
-def test_addresses_of_the_apics_count(any_host: Any) -> None:
-    """A logical destination begins to mean a processor when the guest writes its logical id."""
-    with SplitGuest(any_host) as guest:
-        needs_service(guest)
-        guest.do(ON)
-        guest.vm.set_gsi_routing([entry(1, MESSAGE, MSI | 2 << 12 | 4, 0, LEVEL_DATA | 0x41)])
-        guest.do()  # what waits when KVM looks at new routes is told in any case
-        assert end_of(guest, 0x41) == []
-        guest.do((STORE, APIC + LDR, 2 << 24))
-        assert end_of(guest, 0x41) == [0x41]
-
-
-@pytest.mark.parametrize(("flags", "told"), [(0, [0x41]), (4, []), (8, [0x41])])
-def test_suppression(any_host: Any, flags: int, told: list[int]) -> None:
-    """A guest that keeps the ends to itself: by default KVM offers that and tells them all the same."""
-    with SplitGuest(any_host) as guest:
-        needs_service(guest)
-        if flags & ~guest.vm.check_extension(caps.KVM_CAP_X2APIC_API):
-            pytest.skip("a kernel before these flags")
-        guest.vm.enable_cap(caps.KVM_CAP_X2APIC_API, flags)
-        guest.vcpu.set_cpuid2(guest.system.supported_cpuid())
-        guest.do((STORE, APIC + SPIV, 0x1FF | DIRECTED))
-        assert guest.lapic()[SPIV] == 0x1FF | (0 if flags == 8 else DIRECTED)
-        guest.vm.set_gsi_routing([pin(1, 0x41)])
-        assert end_of(guest, 0x41) == told
-
-
-# ---- the PICs' vectors
-def flags_of(vcpu: Vcpu) -> tuple[int, int]:
-    return vcpu.kvm_run.if_flag, vcpu.kvm_run.ready_for_interrupt_injection
-
-
-def look(guest: SplitGuest) -> tuple[int, int]:
-    """KVM_RUN that does nothing: what it says about interrupts."""
-    guest.vcpu.request_exit()
-    assert guest.vcpu.run() == EINTR
-    guest.vcpu.request_exit(False)
-    return flags_of(guest.vcpu)
-
-
-def test_a_vector_from_user_space(any_host: Any) -> None:
-    with SplitGuest(any_host, vcpus=2) as guest:
-        vcpu = guest.vcpu
-        guest.regs(rflags=2 | IF)
-        assert look(guest) == (1, 1), "LINT0 of the first processor lets it through from the start"
-        assert expect_errno(vcpu.ioctl_raw(ioctls.KVM_INTERRUPT, ctypes.addressof(kvm_interrupt(256)))) == EINVAL
-        vcpu.interrupt(0x1F + 0x20)
-        assert expect_errno(vcpu.ioctl_raw(ioctls.KVM_INTERRUPT, ctypes.addressof(kvm_interrupt(0x21)))) == EEXIST
-        assert look(guest) == (1, 0), "there is room for one"
-        assert vcpu.get_vcpu_events().interrupt.injected == 0 and not any(vcpu.get_sregs().interrupt_bitmap)
-        guest.do((OPEN,))
-        assert guest.taken() == (1, 0x3F)
-        assert guest.lapic().get(0x110, 0) == 0, "it is not in service in the APIC"
-        guest.regs(rflags=2)
-        assert look(guest) == (0, 0)
-
-
-def test_lint0_keeps_it_away(any_host: Any) -> None:
-    with SplitGuest(any_host) as guest:
-        guest.do(ON, (STORE, APIC + LINT0, MASKED | EXTINT))
-        guest.regs(rflags=2 | IF)
-        assert look(guest) == (1, 0)
-        guest.vcpu.interrupt(0x41)
-        guest.do((OPEN,))
-        assert guest.taken() == (0, 0)
-        assert guest.vm.signal_msi(MSI, 0x42) == 1
-        guest.do((OPEN,), END)
-        assert guest.taken() == (1, 0x42), "an APIC's interrupt passes it"
-        guest.do((STORE, APIC + LINT0, EXTINT), (OPEN,))
-        assert guest.taken() == (1, 0x41)
-
-
-def test_it_comes_before_the_apics(any_host: Any) -> None:
-    with SplitGuest(any_host) as guest:
-        guest.do(ON)
-        assert guest.vm.signal_msi(MSI, 0xF1) == 1
-        guest.vcpu.interrupt(0x21)
-        guest.do((OPEN,))
-        both, first = (2, 0xF1), (1, 0x21)  # a paravirtual KVM gives one at a time
-        assert guest.taken() == (both if feature(guest, "hardware virtualization") else first)
-
-
-def _start(guest: SplitGuest, *steps: tuple[int, ...], rflags: int = 2) -> Exit:
-    rows = [(*step, 0, 0)[:3] for step in (*steps, (0,))]
-    guest.put(DATA, b"".join(struct.pack("<IIQ", *row) for row in rows))
-    guest.regs(rip=CODE, rsp=STACK, rflags=rflags, rsi=DATA)
-    return guest.run()
-
-
-def test_the_window(any_host: Any) -> None:
-    """It opens when the guest takes interrupts and LINT0 lets them through; not while a vector waits."""
-    with SplitGuest(any_host) as guest:
-        if not feature(guest, "hardware virtualization"):
-            pytest.skip("paravirtual: request_interrupt_window does nothing")
-        run = guest.vcpu.kvm_run
-        run.request_interrupt_window = 1
-        assert _start(guest, (OPEN,)) == IrqWindowOpen()
-        assert flags_of(guest.vcpu) == (1, 1)
-        guest.vcpu.interrupt(0x41)
-        exit = guest.run()
-        assert guest.taken() == (1, 0x41)
-        while isinstance(exit, IrqWindowOpen):
-            run.request_interrupt_window = 0
-            exit = guest.run()
-        assert isinstance(exit, Io)
-        run.request_interrupt_window = 1
-        assert isinstance(_start(guest, ON, (STORE, APIC + LINT0, MASKED | EXTINT), (OPEN,)), Io), "masked: never"
-
-
-def test_the_guest_opens_lint0(any_host: Any) -> None:
-    """The window opens with it, at once."""
-    with SplitGuest(any_host) as guest:
-        if not feature(guest, "hardware virtualization"):
-            pytest.skip("paravirtual: request_interrupt_window does nothing")
-        guest.do(ON, (STORE, APIC + LINT0, MASKED | EXTINT))
-        guest.vcpu.kvm_run.request_interrupt_window = 1
-        assert _start(guest, (STORE, APIC + LINT0, EXTINT), rflags=2 | IF) == IrqWindowOpen()
-        assert guest.lapic()[LINT0] == EXTINT and flags_of(guest.vcpu) == (1, 1)
-
-
-def test_a_window_in_halt(any_host: Any) -> None:
-    """KVM_RUN comes back from HLT; the vCPU stays halted until there is an interrupt."""
-    with SplitGuest(any_host) as guest:
-        if not feature(guest, "hardware virtualization"):
-            pytest.skip("paravirtual: request_interrupt_window does nothing")
-        guest.do(ON)
-        guest.regs(rflags=2)
-        run, vcpu = guest.vcpu.kvm_run, guest.vcpu
-        run.request_interrupt_window = 1
-        exit = _start(guest, (WAIT,))
-        while exit == IrqWindowOpen() and vcpu.get_mp_state() == kvm.KVM_MP_STATE_RUNNABLE:
-            exit = guest.run()  # behind STI, unless its shadow reaches to HLT
-        assert exit == IrqWindowOpen() and vcpu.get_mp_state() == kvm.KVM_MP_STATE_HALTED
-        assert flags_of(vcpu) == (1, 1)
-        run.request_interrupt_window = 0
-        vcpu.interrupt(0x41)
-        assert isinstance(guest.run(), Io) and guest.taken() == (1, 0x41)
-
-
-def test_the_task_priority_is_the_apics(any_host: Any) -> None:
-    """kvm_run's cr8 is told, not asked."""
-    with SplitGuest(any_host) as guest:
-        guest.do((6, 0, 5))
-        assert guest.vcpu.kvm_run.cr8 == 5 and guest.vcpu.kvm_run.apic_base == 0xFEE00900
-        guest.vcpu.kvm_run.cr8 = 0
-        assert guest.do(ON, (RDMSR, BASE_MSR)) == [0xFEE00900]
-        assert guest.vcpu.kvm_run.cr8 == 5
