@@ -52,7 +52,7 @@ class Dispatcher:
         self._processes = supervisor.processes
         self._listener = supervisor.listener
         self._proceed = supervisor.listener.proceed
-        self._records = supervisor.records
+        self._heard = supervisor.log is not None  # does anybody want to hear of calls?
         self.waiting: dict[int, int] = {}  # threads, by notification: a thread's next call may come before we are done with its last
         names = Names(supervisor, paths, self._guarded)
         self._handlers: dict[int, Handler] = {
@@ -125,7 +125,7 @@ class Dispatcher:
             self._foreign_ioctl(n, process)
             return
         file, request = entry.file, n.a1 & _U32
-        if request == _RUN and entry.is_vcpu and entry.owner is process and not self._records:
+        if request == _RUN and entry.is_vcpu and entry.owner is process and not self._heard:
             run = entry.run  # the hot path: KVM_RUN asks its caller for memory and thread, which are the same each time
             if run is None or run.thread != n.tid:
                 run = entry.run = self._call(n, process)

@@ -219,11 +219,6 @@ class Supervisor:
             )
 
     # ---- who wants to hear of calls
-    @property
-    def records(self) -> bool:
-        """Does anybody?"""
-        return self.log is not None
-
     def begin(self, call: Call, file: File | Fallthrough, notification: Notification) -> Pending | None:
         """An ioctl begins; None when nobody wants to hear of it."""
         return None if self.log is None else self.log.begin(call, file, notification.a1, notification.a2)
