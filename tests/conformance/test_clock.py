@@ -226,4 +226,6 @@ def test_steal_time_and_poll_control(any_host: Any) -> None:
         guest.regs(rip=CODE + 3)
         assert guest.run() == Hlt()
         steal, version, flags, preempted = struct.unpack("<QIIB", guest.get(DATA, 17))
-        assert steal >= 1000 and (version, flags) == (10, 0) and (preempted == 0 or any_host.name == "kernel")
+        assert steal >= 1000 and flags == 0 and (preempted == 0 or any_host.name == "kernel")
+        # A real kernel writes once more, two versions on, each time that something else had the processor meanwhile.
+        assert version == 10 if any_host.name == "model" else version >= 10 and not version & 1
